@@ -1,0 +1,283 @@
+"""python -m pytest tests/test_train.py -q"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--width 16 --depth 1 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 2 "
+        "--device cpu --jobs 1").split()
+
+
+def run(out, *flags):
+    """Trains in this process; the rows of results.jsonl by run name."""
+    train.main([*TINY, "--out", str(out), *flags])
+    return train.finished(out)
+
+
+def command(out, *flags):
+    return [sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(out), *flags]
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+
+
+def weights(folder):
+    return torch.load(folder / "ckpt.pt", weights_only=True)["model"]
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def one(out):
+    """The only run folder in out."""
+    folder, = (path.parent for path in Path(out).glob("*/log.jsonl"))
+    return folder
+
+
+# -- trunk and branches, resuming ----------------------------------------------------------------
+
+
+def test_a_branch_equals_the_separate_run_with_that_budget(tmp_path):
+    """Log and final weights, number for number, for three budgets that share a trunk."""
+    run(tmp_path / "sweep", "--tokens", "5K,10K,20K")
+    for tokens in ("5K", "10K", "20K"):
+        run(tmp_path / tokens, "--tokens", tokens)
+        alone = one(tmp_path / tokens)
+        branch = tmp_path / "sweep" / alone.name
+        assert log(alone) == log(branch)
+        assert same_weights(alone, branch)
+        row, other = (train.finished(p)[alone.name] for p in (tmp_path / tokens, branch.parent))
+        assert all(row[k] == other[k] for k in ("loss", "D", "D_vision", "C", "padding"))
+
+
+def test_a_sweep_really_shares_its_trunk(tmp_path, capsys):
+    run(tmp_path, "--tokens", "10K,20K")
+    assert "from step 16" in capsys.readouterr().out  # 20 steps, the last 4 are the cooldown
+
+
+@pytest.mark.parametrize("flags", [[], ["--fusion", "late", "--moe", "learned", "--experts", "2"]])
+def test_kill_9_and_the_same_command_again(tmp_path, flags):
+    """The log and the weights end up equal to those of a run that nobody killed, bit for bit."""
+    flags = ["--tokens", "60K", "--save-every", "10", *flags]
+    process = subprocess.Popen(command(tmp_path / "killed", *flags), stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "killed").glob("*/ckpt.pt")):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not train.finished(tmp_path / "killed"), "it finished before it was killed"
+    subprocess.run(command(tmp_path / "killed", *flags), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(tmp_path / "whole", *flags), check=True, stdout=subprocess.DEVNULL)
+    killed, whole = one(tmp_path / "killed"), one(tmp_path / "whole")
+    assert (killed / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+    assert same_weights(killed, whole)
+    assert [line["step"] for line in log(whole)] == list(range(len(log(whole))))
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    flags = ["--tokens", "200K", "--save-every", "1000000"]
+    process = subprocess.Popen(command(tmp_path, *flags), stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()  # the description: training begins
+    time.sleep(0.5)
+    process.terminate()
+    rest = process.stdout.read()
+    assert process.wait() == 130 and "goes on from here" in rest
+    folder = one(tmp_path)
+    step = torch.load(folder / "ckpt.pt", weights_only=True)["step"]
+    assert len(log(folder)) == step > 0
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    train.write_whole(path, lambda p: p.write_text("old", "utf-8"))
+
+    def crash(p):
+        p.write_text("ne", "utf-8")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        train.write_whole(path, crash)
+    assert path.read_text("utf-8") == "old"
+
+
+def test_finished_runs_are_skipped(tmp_path, capsys):
+    first = run(tmp_path, "--tokens", "5K")
+    assert run(tmp_path, "--tokens", "5K") == first
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_two_processes_share_a_grid_without_doing_a_cell_twice(tmp_path):
+    flags = ["--width", "16,24,32,40", "--tokens", "5K,10K"]
+    workers = [subprocess.Popen(command(tmp_path, *flags), stdout=subprocess.DEVNULL)
+               for _ in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    subprocess.run(command(tmp_path, *flags), check=True, stdout=subprocess.DEVNULL)
+    names = [json.loads(line)["run"] for line in (tmp_path / "results.jsonl").open()]
+    assert len(names) == len(set(names)) == 8
+
+
+# -- the same numbers, however the work is divided -------------------------------------------------
+
+
+def test_accumulation_equals_the_big_batch(tmp_path):
+    """Micro-batches hold unequal numbers of targets: a mean of means would show here."""
+    whole = run(tmp_path / "whole", "--tokens", "10K", "--micro-rows", "4")
+    parts = run(tmp_path / "parts", "--tokens", "10K", "--micro-rows", "1")
+    for a, b in zip(log(one(tmp_path / "whole")), log(one(tmp_path / "parts")), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    assert whole.keys() == parts.keys()
+
+
+@pytest.mark.parametrize("flags", [[], ["--fusion", "late", "--moe", "learned", "--experts", "4"]])
+def test_two_ranks_follow_one(tmp_path, flags):
+    flags = ["--tokens", "10K", "--mixture", "30-30-40", "--micro-rows", "1", *flags]
+    run(tmp_path / "one", *flags)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launch, *command(tmp_path / "two", *flags)[1:]], check=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    single, double = log(one(tmp_path / "one")), log(one(tmp_path / "two"))
+    for a, b in zip(single, double, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    a, b = (next(iter(train.finished(tmp_path / n).values())) for n in ("one", "two"))
+    assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    assert (a["D_vision"], a["padding"]) == (b["D_vision"], b["padding"])
+
+
+# -- schedule and results --------------------------------------------------------------------------
+
+
+def cell_of(*flags):
+    return train.parse_grid([*TINY, *flags])[0]
+
+
+def test_schedule_rises_stays_and_ends_at_zero():
+    cell = cell_of("--tokens", "51200", "--warmup", "10")  # 100 steps
+    rates = [train.rate_at(step, cell) for step in range(101)]
+    assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71
+    assert all(a > b for a, b in zip(rates[80:], rates[81:])) and rates[100] == 0
+
+
+def test_learning_rates_of_the_presets_are_the_papers():
+    for size, width, lr in (("275m", 800, 1.5e-3), ("932m", 1632, 5e-4), ("2.43b", 2464, 3.8e-4)):
+        cell, = train.parse_grid(["--preset", size, "--tokens", "4B"])
+        assert (cell.model.width, cell.model.depth, cell.train.lr) == (width, 24, lr)
+        assert cell.train.tokens_per_step == 2048 * 1024 and cell.train.warmup == 1000
+
+
+def test_decay_is_fully_decoupled():
+    """With no gradient, a step at the peak rate shrinks weights by weight_decay, whatever the rate
+    is, and leaves gains alone."""
+    cell = cell_of("--lr", "0.02", "--weight-decay", "0.25")
+    machine = train.Machine(torch.device("cpu"), 0, 1)
+    model = train.Model(cell.model)
+    optimizer = train.make_optimizer(model, cell.train, machine)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        share = 0.75 if p.ndim >= 2 else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * share)
+
+
+def test_results_say_what_the_paper_counts(tmp_path):
+    row, = run(tmp_path, "--tokens", "5K", "--fusion", "late").values()
+    assert row["D"] == row["steps"] * row["tokens_per_step"] == 5120
+    assert row["C"] == 6 * (row["N"] * row["D"] + row["N_vision"] * row["D_vision"])
+    assert 0 < row["D_vision"] < row["D"] and row["status"] == "ok"
+    kinds = ("caption", "interleaved", "text")
+    assert row["loss"] == pytest.approx(sum(row[f"loss_{k}"] for k in kinds) / 3)
+    assert row["floor"] == pytest.approx(sum(row[f"floor_{k}"] for k in kinds) / 3)
+    for name in ("run fusion moe n_experts top_k width depth N N_total N_vision N_nonembedding D "
+                 "D_vision C loss loss_caption floor_text mixture image_size patch_size context "
+                 "tokens_per_step steps lr seed tok_per_s peak_mem_mb wall_s device torch git "
+                 "status").split():
+        assert name in row
+
+
+def test_a_diverged_run_is_marked_and_does_not_stop_the_sweep(tmp_path):
+    rows = run(tmp_path, "--tokens", "5K", "--lr", "1e30,1e-3", "--grad-clip", "1e30")
+    assert sorted(row["status"] for row in rows.values()) == ["diverged", "ok"]
+
+
+def test_vision_learning_rate_zero_freezes_the_encoder(tmp_path):
+    run(tmp_path, "--tokens", "5K", "--fusion", "late", "--vision-lr", "0")
+    cell = cell_of("--fusion", "late")
+    torch.manual_seed(0)
+    fresh, trained = train.Model(cell.model).state_dict(), weights(one(tmp_path))
+    for name in trained:
+        assert torch.equal(trained[name], fresh[name]) == name.startswith("vision."), name
+
+
+# -- the command line --------------------------------------------------------------------------------
+
+
+def test_the_set_of_flags_is_frozen():
+    """A new flag needs a user: add it here only together with the reason in its comment."""
+    known = set("""out preset tokens tokens_per_step micro_rows lr vision_lr warmup cooldown
+        weight_decay grad_clip balance seed eval_every save_every device compile jobs
+        fusion moe experts top_k width depth heads context image_size patch_size mlp_multiple
+        vision_width vision_depth checkpointing data mixture augment flip val_rows
+        workers""".split())
+    fields = [f.name for kind in (train.TrainConfig, train.ModelConfig, train.DataConfig)
+              for f in train.dataclasses.fields(kind)]
+    assert set(fields) - {"vocab_size"} == known
+
+
+def test_booleans_are_real():
+    assert cell_of("--flip").data.flip is True
+    assert cell_of("--no-flip").data.flip is False
+    assert cell_of("--flip", "false").data.flip is False
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--widht", "32"], "--width"),
+    (["--width", "33"], "width 33"),
+    (["--width", "abc"], "--width"),
+    (["--context", "8"], "context 8"),
+    (["--tokens-per-step", "100"], "multiple of --context"),
+    (["--preset", "huge"], "--preset huge"),
+    (["--data", "no/such/folder"], "no/such/folder"),
+    (["--tokens", "5Q"], "--tokens"),
+    (["--mixture", "1-2-3"], "--mixture 1-2-3"),
+    (["--image-size", "30"], "image"),
+    (["--compile", "yes"], "--compile"),
+])
+def test_mistakes_end_in_one_clear_line(tmp_path, flags, words):
+    result = subprocess.run(command(tmp_path, *flags), capture_output=True, text=True)
+    assert result.returncode not in (0, 130)
+    assert words in result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("*/*.pt"))
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path):
+    run(tmp_path, "--tokens", "5K")
+    folder = one(tmp_path)
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    state["identity"]["width"] = 24
+    torch.save(state, folder / "ckpt.pt")
+    (tmp_path / "results.jsonl").unlink()
+    with pytest.raises(SystemExit, match="another width"):
+        run(tmp_path, "--tokens", "5K")
+
+
+def test_a_broken_checkpoint_is_named(tmp_path):
+    run(tmp_path, "--tokens", "5K")
+    (one(tmp_path) / "ckpt.pt").write_bytes(b"half a checkpoint")
+    (tmp_path / "results.jsonl").unlink()
+    with pytest.raises(SystemExit, match="ckpt.pt is no checkpoint"):
+        run(tmp_path, "--tokens", "5K")

@@ -1,0 +1,710 @@
+"""Train one model, or a sweep of them; one loop from a laptop to a cluster.
+
+    python train.py                                             # the laptop preset
+    python train.py --width 32,64,96 --tokens 1M,2M,4M --fusion early,late --out runs/demo
+    torchrun --standalone --nproc_per_node 8 train.py --preset 275m --data data/real --tokens 5B
+
+Commas make a sweep over the product. Budgets (--tokens) of one model share one trunk at constant
+learning rate and branch off for their cooldowns (Haegele et al. 2024; paper, section 4.1). What is
+finished is skipped, what was interrupted goes on where it stopped, and several processes that are
+started with the same command share the work.
+
+Dimensions:  B rows in a micro-batch   T context
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import (KINDS, DataConfig, Loader, Parser, add_flags, parse_count, patchify,
+                  vocab_size)
+from model import PRESETS, Model, ModelConfig, generate
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train. 0 means: derived, by the rule in the comment."""
+
+    out: str = "runs/demo"  # folder of the study: results.jsonl and one folder a run
+    preset: str = "laptop"  # laptop, or a size of the paper's Table 6: 275m .. 8.13b, late 289m ..
+    tokens: str = "4M"  # D, training tokens; counts may end in K, M or B
+    tokens_per_step: int = 1024  # tokens a step over all ranks; accumulation is derived
+    micro_rows: int = 0  # rows at once on a device; 0 = what memory should allow
+    lr: float = 0.0  # peak learning rate; 0 = the preset's, for laptop 0.19 / width
+    vision_lr: float = 1.0  # vision encoder's share of the learning rate (paper, Table 8)
+    warmup: int = 0  # steps; 0 = the paper's 1000 to 5000 by run length, 64 for laptop runs
+    cooldown: float = 0.2  # final share of the steps, in which the rate falls to 0
+    weight_decay: float = 1e-4  # per step at the peak rate (fully decoupled; paper, App. A)
+    grad_clip: float = 1.0  # norm of the gradient
+    balance: float = 0.01  # weight of the load-balancing loss (paper, section 4)
+    seed: int = 0  # decides initial weights and data order
+    eval_every: int = 0  # steps between validations; 0 = only at the end
+    save_every: int = 500  # steps between checkpoints
+    device: str = "auto"  # auto, cpu, cuda, mps
+    compile: str = "auto"  # auto = on CUDA only; on, off
+    jobs: int = 0  # sweep processes on this machine's CPU; 0 = one a core, each on one thread
+
+
+# Fields that say how or where a run is computed, not what it computes: no part of its identity.
+HOW = ("out", "preset", "tokens", "micro_rows", "save_every", "device", "compile", "jobs",
+       "workers", "checkpointing")
+LAPTOP = dict(width=64, depth=4, context=256, image_size=32, patch_size=8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a sweep: three configs, every derived value filled in."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    steps: int
+    branch: int  # first step of the cooldown: up to here, the run is its family's trunk
+    name: str
+
+    def identity(self):
+        """What decides the numbers, tokens left out: cells that agree in it share a trunk."""
+        fields = {**dataclasses.asdict(self.model), **dataclasses.asdict(self.data),
+                  **dataclasses.asdict(self.train)}
+        return {k: v for k, v in sorted(fields.items()) if k not in HOW}
+
+    @property
+    def family(self):
+        return f"{zlib.crc32(json.dumps(self.identity()).encode()):08x}"
+
+    @property
+    def folder(self):
+        return Path(self.train.out) / self.name
+
+
+# ---------------------------------------------------------------------------------------------
+# From the command line to a grid of cells
+# ---------------------------------------------------------------------------------------------
+
+
+def paper_warmup(steps, moe):
+    """Section 4.1: 1000 steps for runs of up to 4000, 2500 up to 15000, else 5000; at least 2500
+    for MoE."""
+    return max(1000 if steps <= 4000 else 2500 if steps <= 15000 else 5000, 2500 if moe else 0)
+
+
+def make_cell(given):
+    """One cell from {field: value} of the flags that were given."""
+    preset = given.get("preset", "laptop")
+    if preset != "laptop" and preset not in PRESETS:
+        raise SystemExit(f"--preset {preset}: need laptop or one of {', '.join(PRESETS)}")
+    base = LAPTOP if preset == "laptop" else {"tokens_per_step": 2048 * 1024, **PRESETS[preset]}
+    values = {**base, **given}
+    vocabulary = max(base.get("vocab_size", 0), vocab_size(values.get("data", "procedural")))
+    model = config_of(ModelConfig, {**values, "vocab_size": vocabulary})
+    data, train = config_of(DataConfig, values), config_of(TrainConfig, values)
+    if train.tokens_per_step % model.context:
+        raise SystemExit(f"--tokens-per-step {train.tokens_per_step}: need whole rows, a multiple "
+                         f"of --context {model.context}")
+    try:
+        steps = max(1, round(parse_count(train.tokens) / train.tokens_per_step))
+    except ValueError:
+        raise SystemExit(f"--tokens {train.tokens}: need a count as 500K, 2M or 1e6") from None
+    warmup = 64 if preset == "laptop" else paper_warmup(steps, model.moe != "none")
+    train = dataclasses.replace(train, lr=train.lr or 0.19 / model.width,
+                                warmup=train.warmup or warmup)
+    branch = steps - int(steps * train.cooldown)
+    return Cell(model, data, train, steps, branch, run_name(model, train, given))
+
+
+def config_of(kind, values):
+    names = [f.name for f in dataclasses.fields(kind)]
+    try:
+        return kind(**{name: values[name] for name in names if name in values})
+    except ValueError as error:  # the configs check themselves; say it without a traceback
+        raise SystemExit(f"train.py: {error}") from None
+
+
+def run_name(model, train, given):
+    """Readable, and different for every configuration: flags that have no place in it enter as a
+    hash of their names and values."""
+    moe = "" if model.moe == "none" else f"-{model.moe}"
+    shown = ("fusion", "moe", "width", "depth", "tokens", "seed")
+    rest = {k: v for k, v in sorted(given.items()) if k not in shown + HOW}
+    preset = "" if train.preset == "laptop" else f"-{train.preset}"
+    tail = f"-{zlib.crc32(json.dumps(rest).encode()):08x}" if rest else ""
+    return (f"{model.fusion}{moe}{preset}-w{model.width}-d{model.depth}-{train.tokens}"
+            f"-s{train.seed}{tail}")
+
+
+def parse_grid(argv):
+    """The product of all comma lists on the command line, as cells."""
+    parser = Parser(description=__doc__, prog="train.py")
+    for kind in (TrainConfig, ModelConfig, DataConfig):
+        add_flags(parser, kind, skip=("vocab_size",))
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    products = itertools.product(*given.values())
+    cells = [make_cell(dict(zip(given, product))) for product in products]
+    return list({cell.name: cell for cell in cells}.values())  # a value given twice is one run
+
+
+# ---------------------------------------------------------------------------------------------
+# Sharing the machine: ranks, devices, files
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where this process runs. rank and world are torchrun's, 0 and 1 without it."""
+
+    device: torch.device
+    rank: int
+    world: int
+
+    @staticmethod
+    def start(name):
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if name == "auto":
+            mps = torch.backends.mps.is_available()
+            name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise SystemExit("--device cuda: torch sees no CUDA GPU here; try --device cpu")
+        if name == "cuda":
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(name)
+            torch.set_float32_matmul_precision("high")
+        if "RANK" in os.environ:
+            dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+        return Machine(torch.device(name), rank, world)
+
+    @property
+    def is_cuda(self):
+        return self.device.type == "cuda"
+
+    def autocast(self):
+        """bf16 on CUDA; fp32 elsewhere (bf16 is emulated, and 7 times slower, on most CPUs)."""
+        if self.is_cuda and torch.cuda.is_bf16_supported():
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def sum(self, tensor):
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, value):
+        """Rank 0's value on every rank."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def say(self, text):
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def peak_mem_mb(self):
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated() / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
+
+
+def write_whole(path, write):
+    """write(temporary path), then rename: a reader sees the old file or the new one, never half."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def locked(path, wait):
+    """Yields True while this process holds the lock file, False if another one does. The kernel
+    drops the lock of a killed process, so nothing is left to clean up."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows: run one process
+            yield True
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def finished(out):
+    """{run name: its line in OUT/results.jsonl}."""
+    path = Path(out) / "results.jsonl"
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {row["run"]: row for row in map(json.loads, filter(None, lines))}
+
+
+# ---------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A cell being trained: model, optimizer, step and log, and how they are saved and restored."""
+
+    def __init__(self, cell, machine):
+        self.cell, self.machine, self.step = cell, machine, 0
+        torch.manual_seed(cell.train.seed)  # the same weights on every rank and device
+        self.model = Model(cell.model).to(machine.device)
+        self.optimizer = make_optimizer(self.model, cell.train, machine)
+        self.loader = Loader(cell.data, cell.train.seed, cell.model.context,
+                             cell.model.image_size, cell.model.patch_size)
+        self.lines, self.pending = [], []  # of log.jsonl: not yet written, not yet read
+        self.flush_every = 10 if machine.is_cuda else 1  # reading a GPU's numbers makes it wait
+        self.last_loss, self.clock = float("nan"), time.perf_counter()
+        self.stats = {"padding": 0, "D_vision": 0}
+        self.spent = 0.0  # seconds in training steps, over all sittings
+
+    def state(self):
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "step": self.step, "stats": dict(self.stats), "spent": self.spent,
+                "identity": self.cell.identity(),
+                "config": {"model": dataclasses.asdict(self.cell.model),
+                           "data": {**dataclasses.asdict(self.cell.data),
+                                    "tokenizer": self.loader.tokenizer},
+                           "train": dataclasses.asdict(self.cell.train)}}
+
+    def describe(self, rows, accumulation):
+        """The derived numbers, said aloud."""
+        cell, n = self.cell, self.model.num_params()
+        D = cell.steps * cell.train.tokens_per_step
+        self.machine.say(
+            f"{cell.name}: N {n['N']:,} ({n['N_total']:,} in all, {n['N_vision']:,} vision), "
+            f"D {D:,} = {cell.steps} steps of {cell.train.tokens_per_step:,} tokens "
+            f"({rows} rows x {accumulation} micro-steps x {self.machine.world} ranks), "
+            f"lr {cell.train.lr:.2g}, warmup {cell.train.warmup}, cooldown from {cell.branch}, "
+            f"{device_name(self.machine)}" + (f", from step {self.step}" if self.step else ""))
+        self.clock = time.perf_counter()
+
+    def record(self):
+        """Reads the numbers of the steps since the last call and turns them into log lines, which
+        hold nothing that depends on the machine's speed: a resumed run's log is the same, bit
+        for bit. Returns ok, stopped (somebody asked a rank to) or diverged."""
+        lines, first = [], self.step - len(self.pending)
+        for i, (lr, totals, norm) in enumerate(self.pending):
+            loss, balance, count, padding, vision, stop = totals.tolist()
+            lines.append({"step": first + i, "loss": loss / max(count, 1), "lr": lr,
+                          "grad_norm": norm.item()})
+            if self.cell.model.moe == "learned":
+                lines[-1]["load_balancing_loss"] = balance / max(count, 1)
+            self.stats["padding"] += int(padding)
+            self.stats["D_vision"] += int(vision)
+            self.last_loss = lines[-1]["loss"]
+            if not math.isfinite(self.last_loss):
+                return "diverged"
+            self.lines.append(lines[-1])
+        self.pending = []
+        now = time.perf_counter()
+        self.spent, self.clock = self.spent + now - self.clock, now
+        return "stopped" if stop else "ok"
+
+    def save(self, name):
+        """The log first: a checkpoint never knows of a step that the log does not."""
+        self.flush()
+        if self.machine.rank == 0:
+            write_whole(self.cell.folder / name, lambda path: torch.save(self.state(), path))
+        self.clock = time.perf_counter()  # speed is that of the steps alone
+
+    def flush(self):
+        if self.machine.rank == 0 and self.lines:
+            with open(self.cell.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self.lines)
+                file.flush()
+                os.fsync(file.fileno())
+        self.lines = []
+
+    def restore(self, folder, name):
+        """Takes over the state and the log of folder/name; the log may belong to another run of
+        this family, whose first steps are this run's too."""
+        try:
+            state = torch.load(folder / name, map_location=self.machine.device, weights_only=True)
+        except Exception as error:
+            raise SystemExit(f"{folder / name} is no checkpoint of this program ({error}); "
+                             "delete it to train this run from the start") from None
+        if state["identity"] != self.cell.identity():
+            changed = [k for k, v in self.cell.identity().items() if state["identity"].get(k) != v]
+            raise SystemExit(f"{folder / name} was trained with another {', '.join(changed)}; "
+                             "choose another --out, or delete it")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.stats, self.spent = state["step"], state["stats"], state["spent"]
+        if self.machine.rank == 0:
+            with open(folder / "log.jsonl", encoding="utf-8") as file:
+                kept = [line for line in file
+                        if line.endswith("\n") and json.loads(line)["step"] < self.step]
+            write_whole(self.cell.folder / "log.jsonl",
+                        lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+
+    def begin(self, cells):
+        """From the run's own checkpoint, else from the longest trunk of its family, else fresh."""
+        if (self.cell.folder / "ckpt.pt").exists():
+            return self.restore(self.cell.folder, "ckpt.pt")
+        trunks = [c for c in cells if c.branch <= self.cell.branch
+                  and (c.folder / "trunk.pt").exists()]
+        if trunks:
+            return self.restore(max(trunks, key=lambda c: c.branch).folder, "trunk.pt")
+        if self.machine.rank == 0:  # a log without a checkpoint: killed before the first one
+            (self.cell.folder / "log.jsonl").write_text("", encoding="utf-8")
+
+
+def make_optimizer(model, cfg, machine):
+    """AdamW, decay on matrices and embeddings only. "Fully decoupled" (section 4.2): weights
+    shrink by weight_decay a step at the peak rate, whatever that rate is; torch multiplies its own
+    weight_decay by lr, so it is divided out."""
+    def group(vision, decay):
+        params = [p for name, p in model.named_parameters()
+                  if name.startswith("vision.") == vision
+                  and (p.ndim >= 2 and "positions" not in name) == decay]
+        peak = cfg.lr * (cfg.vision_lr if vision else 1.0)
+        return {"params": params, "peak": peak,
+                "weight_decay": cfg.weight_decay / peak if decay and peak else 0.0}
+
+    groups = [group(vision, decay) for vision in (False, True) for decay in (True, False)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95),
+                             eps=1e-8, fused=machine.device.type in ("cpu", "cuda"))
+
+
+def rate_at(step, cell):
+    """The learning rate as a share of its peak: linear warmup, constant, then 1 - sqrt(t) over the
+    last `cooldown` of the run. The paper says "inverse square root" to 0; a power law cannot
+    reach 0, so we take Haegele et al.'s form, the one it builds on."""
+    if step >= cell.branch:
+        return 1 - math.sqrt((step - cell.branch) / (cell.steps - cell.branch))
+    return min(1.0, (step + 1) / cell.train.warmup)
+
+
+def micro_rows(cell, machine):
+    """Rows of a micro-batch: the most that divide the rank's share of a step and fit in memory by
+    a rough rule, about 40 bytes of activations for each token, layer and unit of width."""
+    rows, context = cell.train.tokens_per_step // cell.model.context, cell.model.context
+    if rows % machine.world:
+        raise SystemExit(f"{rows} rows a step cannot be shared by {machine.world} ranks: make "
+                         f"--tokens-per-step a multiple of {machine.world * context}")
+    share, limit = rows // machine.world, 8192 // context  # a CPU's cache likes it small
+    if machine.is_cuda:
+        memory = torch.cuda.get_device_properties(machine.device).total_memory
+        layers = 2 if cell.model.checkpointing else cell.model.depth
+        limit = int(0.4 * memory / (40 * cell.model.width * layers * context))
+    wanted = cell.train.micro_rows or max(1, limit)
+    return max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, wanted))
+
+
+@torch.no_grad()
+def evaluate(run):
+    """{loss_caption, ..., loss, floor_caption, ...}: text cross-entropy in nats a token over the
+    fixed validation rows of each kind, and the mean over kinds (section 1.1). Each rank reads its
+    share; the model is the bare one, so that ranks may differ in their number of batches."""
+    machine, cell, result = run.machine, run.cell, {}
+    run.model.eval()
+    for kind in run.loader.val_kinds():
+        total = torch.zeros(3, dtype=torch.float64)  # loss, floor, targets
+        for batch in run.loader.val_batches(kind, micro_rows(cell, machine), machine.rank,
+                                            machine.world):
+            with machine.autocast():
+                loss = run.model(to_device(batch, machine)).token_loss.double().sum().item()
+            total += torch.tensor([loss, batch["nll"].double().sum(), len(batch["nll"])])
+        loss, floor, count = machine.sum(total.to(machine.device)).tolist()
+        result[f"loss_{kind}"] = loss / count
+        if run.loader.knows_floor:
+            result[f"floor_{kind}"] = floor / count
+    run.model.train()
+    for name in ("loss", "floor"):
+        values = [v for k, v in result.items() if k.startswith(name + "_")]
+        if values:
+            result[name] = sum(values) / len(values)
+    return result
+
+
+def to_device(batch, machine):
+    return {k: v.to(machine.device, non_blocking=True) for k, v in batch.items()}
+
+
+def train(run, cells):
+    """Trains to the last step; returns ok, diverged or stopped. The order is nanoGPT's."""
+    cell, machine, cfg = run.cell, run.machine, run.cell.train
+    rows_per_step, rows = cfg.tokens_per_step // cell.model.context, micro_rows(cell, machine)
+    accumulation = rows_per_step // rows // machine.world
+    run.describe(rows, accumulation)
+    compile_blocks(run)
+    forward = DistributedDataParallel(run.model) if machine.world > 1 else run.model
+    images = rows * (cell.model.context // (cell.model.n_patches + 1)) if machine.is_cuda else 1
+    batches = run.loader.train_batches(run.step, cell.steps, rows_per_step, rows, machine.rank,
+                                       machine.world, images, machine.is_cuda)
+    bar = tqdm(total=cell.steps, initial=run.step, desc=cell.name, unit="step", leave=False,
+               disable=machine.rank > 0 or not sys.stderr.isatty())
+    grows = any(c.branch > cell.branch for c in cells)  # a longer run will leave from this trunk
+    with StopSignal() as stop, bar:
+        while run.step < cell.steps:
+            # learning rate
+            for group in run.optimizer.param_groups:
+                group["lr"] = group["peak"] * rate_at(run.step, cell)
+
+            # micro-steps: gradients of the *sum* of token losses, for a mean over micro-batches of
+            # unequal numbers of targets would weigh their tokens unequally
+            totals = torch.zeros(6, device=machine.device)
+            for i in range(accumulation):
+                batch = to_device(next(batches), machine)
+                last = i == accumulation - 1
+                with contextlib.nullcontext() if last or machine.world == 1 else forward.no_sync():
+                    with machine.autocast():
+                        out = forward(batch)
+                    balance = out.aux.get("load_balancing_loss", torch.zeros_like(out.loss))
+                    (out.loss + cfg.balance * balance * out.count).backward()
+                totals[:3] += torch.stack([out.loss.detach(), balance.detach() * out.count,
+                                           torch.full_like(out.loss, out.count)])
+                totals[3:5] += torch.stack([(batch["doc"] == 0).sum(),
+                                            (batch["patch_index"] >= 0).sum()])
+            totals[5] = stop.asked
+            machine.sum(totals)
+
+            # clip and step: one division, by the targets of all micro-batches and ranks (DDP has
+            # averaged over ranks, hence their number)
+            grads = [p.grad for p in run.model.parameters()]
+            torch._foreach_mul_(grads, machine.world / totals[2].clamp(min=1))
+            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+
+            # log
+            run.pending.append((run.optimizer.param_groups[0]["lr"], totals, norm))
+            run.step += 1
+            bar.update()
+            at_branch, at_end = run.step == cell.branch and grows, run.step == cell.steps
+            evaluating = cfg.eval_every and run.step % cfg.eval_every == 0
+            saving = run.step % cfg.save_every == 0 or at_branch or at_end
+            if not (saving or evaluating or len(run.pending) >= run.flush_every):
+                continue
+            status = run.record()
+            bar.set_postfix_str(f"loss {run.last_loss:.3f}", refresh=False)
+            if status == "diverged":
+                return status
+
+            # evaluation and checkpoint
+            if evaluating:
+                run.lines[-1].update({f"val_{k}": v for k, v in evaluate(run).items()})
+            if at_branch:
+                run.save("trunk.pt")
+            if saving or status == "stopped":
+                run.save("ckpt.pt")
+            if status == "stopped" and not at_end:
+                return status
+    return "ok"
+
+
+def compile_blocks(run):
+    """Compiles each block, not the model: seconds of start-up instead of minutes, and the head's
+    changing number of targets recompiles nothing."""
+    mode = run.cell.train.compile
+    if mode not in ("auto", "on", "off"):
+        raise SystemExit(f"--compile {mode}: need auto, on or off")
+    if mode == "on" or (mode == "auto" and run.machine.is_cuda):
+        for module in run.model.modules():
+            if type(module).__name__ == "Block":
+                module.compile()
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM (a rented machine being taken back) into a flag that the loop
+    looks at after each step, so that it can save first. A second Ctrl-C stops at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def result_row(run, status, losses):
+    """The line of results.jsonl."""
+    cell, n = run.cell, run.model.num_params()
+    model, cfg = cell.model, cell.train
+    D, share = cell.steps * cfg.tokens_per_step, run.stats
+    D_vision = share["D_vision"]
+    experts = {"none": 1, "modality": 2, "learned": model.experts}[model.moe]
+    return {
+        "run": cell.name, "fusion": model.fusion, "moe": model.moe, "n_experts": experts,
+        "top_k": model.top_k if model.moe == "learned" else 1, "width": model.width,
+        "depth": model.depth, "vision_width": model.encoder_width if n["N_vision"] else 0, **n,
+        "D": D, "D_vision": D_vision, "padding": share["padding"] / D,
+        "C": run.model.flops(D, D_vision), **losses, "mixture": cell.data.mixture,
+        "data": cell.data.data, "image_size": model.image_size, "patch_size": model.patch_size,
+        "context": model.context, "tokens_per_step": cfg.tokens_per_step, "steps": cell.steps,
+        "lr": cfg.lr, "warmup": cfg.warmup, "seed": cfg.seed,
+        "tok_per_s": round(D / max(run.spent, 1e-9), 1), "wall_s": round(run.spent, 2),
+        "peak_mem_mb": round(run.machine.peak_mem_mb(), 1), "device": device_name(run.machine),
+        "world_size": run.machine.world, "torch": torch.__version__, "git": git_commit(),
+        "status": status,
+    }
+
+
+def device_name(machine):
+    if machine.is_cuda:
+        return torch.cuda.get_device_name(machine.device)
+    return f"{machine.device.type} x{torch.get_num_threads()} threads"
+
+
+def git_commit():
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        return ""
+
+
+# ---------------------------------------------------------------------------------------------
+# A grid of runs
+# ---------------------------------------------------------------------------------------------
+
+
+def run_cell(cell, cells, machine):
+    """Trains one cell and appends its line to results.jsonl; False if it was asked to stop."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    run = Run(cell, machine)
+    run.begin(cells)
+    status = train(run, cells)
+    run.flush()
+    if status == "stopped":
+        machine.say(f"{cell.name}: saved at step {run.step} of {cell.steps}; the same command "
+                    "goes on from here")
+        return False
+    losses = evaluate(run) if status == "ok" else {"loss": None}
+    row = result_row(run, status, losses)
+    if machine.rank == 0:
+        path = Path(cell.train.out) / "results.jsonl"
+        with locked(path.with_name(".results.lock"), wait=True), \
+                open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    machine.say(summary(row))
+    if machine.rank == 0 and status == "ok" and len(cells) == 1 and "caption" in run.loader.val_kinds():
+        show_sample(run)
+    return True
+
+
+def summary(row):
+    """One line for a person."""
+    if row["status"] != "ok":
+        return f"{row['run']}: {row['status']} (the loss was no longer a number)"
+    def pair(kind):
+        floor = row.get(f"floor{kind}")
+        return f"{row[f'loss{kind}']:.3f}" + ("" if floor is None else f" (floor {floor:.3f})")
+    kinds = " | ".join(f"{k} {pair('_' + k)}" for k in KINDS if f"loss_{k}" in row)
+    return (f"{row['run']}: N {row['N']:,} D {row['D']:,} | loss {pair('')} | {kinds} | "
+            f"{row['tok_per_s']:,.0f} tokens/s")
+
+
+def run_grid(cells, machine):
+    """Family by family, budgets ascending, since each leaves from the trunk of the one before."""
+    for name in dict.fromkeys(cell.family for cell in cells):
+        family = sorted((c for c in cells if c.family == name), key=lambda c: c.steps)
+        out = Path(family[0].train.out)
+        lock = locked(out / ".claims" / name, wait=False) if machine.rank == 0 else \
+            contextlib.nullcontext(True)
+        with lock as mine:
+            if not machine.share(mine):
+                continue  # another process is on it
+            for cell in family:
+                if machine.share(cell.name in finished(out)):
+                    machine.say(f"{cell.name}: finished before")
+                elif not run_cell(cell, family, machine):
+                    return False
+    return True
+
+
+def run_jobs(cells, argv, jobs):
+    """A CPU sweep: single-thread copies of this very command, which share the grid through its
+    locks (two threads on one small model are slower than two models on a thread each)."""
+    out = Path(cells[0].train.out)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, os.path.abspath(__file__), *argv, "--jobs", "1"]
+    out.mkdir(parents=True, exist_ok=True)
+    logs = [open(out / f"worker-{i}.log", "w", encoding="utf-8") for i in range(jobs)]
+    workers = [subprocess.Popen(command, env=env, stdout=log, stderr=log) for log in logs]
+    seen, total = set(), sum(cell.steps for cell in cells)
+    with StopSignal() as stop, tqdm(total=total, unit="step", desc=f"{jobs} processes") as bar:
+        while any(worker.poll() is None for worker in workers):
+            rows = finished(out)
+            for cell in cells:
+                if cell.name in rows and cell.name not in seen:
+                    seen.add(cell.name)
+                    tqdm.write(summary(rows[cell.name]), file=sys.stdout)
+            bar.n = sum(cell.steps for cell in cells if cell.name in rows)
+            bar.refresh()
+            if stop.asked:
+                for worker in workers:
+                    worker.terminate()
+            time.sleep(1)
+    for worker, log in zip(workers, logs):
+        log.close()
+        if worker.returncode and not stop.asked:
+            raise SystemExit(Path(log.name).read_text(encoding="utf-8").strip().splitlines()[-1]
+                             + f"\n({log.name} has all of it; the same command goes on)")
+
+
+def show_sample(run):
+    """A held-out picture, what the data says of it, and what the model says."""
+    loader, model = run.loader, run.model
+    row = loader.fill("caption", 0, "val")
+    truth = row.tokens[(row.doc == 1) & (row.patch < 0)][1:].tolist()  # without its end-of-text
+    prompt = [[loader.eot], torch.from_numpy(patchify(row.images[0], loader.patch_size))]
+    room = model.cfg.context - model.cfg.n_patches - 1
+    said = generate(model, prompt, min(64, room), stop=loader.eot,
+                    n_vocab=loader.encoding.n_vocab)
+    run.machine.say(f"a held-out picture: {loader.encoding.decode(truth)!r}\n"
+                    f"the model says:     {loader.encoding.decode(said)!r}")
+
+
+def main(argv):
+    cells = parse_grid(argv)
+    cfg = cells[0].train
+    families = len({cell.family for cell in cells})
+    on_cpu = cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available()
+                                     and not torch.backends.mps.is_available())
+    jobs = min(cfg.jobs or os.cpu_count(), families) if on_cpu and "RANK" not in os.environ else 1
+    if jobs > 1:
+        run_jobs(cells, argv, jobs)
+    else:
+        machine = Machine.start(cfg.device)
+        done = run_grid(cells, machine)
+        if machine.world > 1:
+            dist.destroy_process_group()
+        if not done:
+            raise SystemExit(130)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
