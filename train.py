@@ -627,8 +627,12 @@ def summary(row):
 
 
 def run_grid(cells, machine):
-    """Family by family, budgets ascending, since each leaves from the trunk of the one before."""
-    for name in dict.fromkeys(cell.family for cell in cells):
+    """Family by family, the longest first, or one process would end up alone with it; budgets
+    ascending, since each leaves from the trunk of the one before."""
+    def cost(cell):
+        return cell.steps * cell.train.tokens_per_step * cell.model.width**2 * cell.model.depth
+
+    for name in dict.fromkeys(c.family for c in sorted(cells, key=cost, reverse=True)):
         family = sorted((c for c in cells if c.family == name), key=lambda c: c.steps)
         out = Path(family[0].train.out)
         lock = locked(out / ".claims" / name, wait=False) if machine.rank == 0 else \

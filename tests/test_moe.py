@@ -1,0 +1,242 @@
+"""OMP_NUM_THREADS=1 python -m pytest tests/test_moe.py   (about 10 seconds)"""
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import moe as moe_module  # noqa: E402
+from helpers import make_batch, tiny  # noqa: E402
+from model import Model, SwiGLU  # noqa: E402
+from moe import (MoE, grouped_experts, load_balancing_loss, looped_experts, route,  # noqa: E402
+                 specialization)
+
+W, H = 16, 32
+
+
+def layer(experts=4, top_k=1, routing="learned", seed=0):
+    torch.manual_seed(seed)
+    return MoE(W, H, 0, experts, top_k, routing)
+
+
+def tokens(n=24, seed=0):
+    """x (2,n,W) and kind (2,n) with text, images and padding."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = torch.randint(-1, 2, (2, n), generator=generator)
+    return torch.randn(2, n, W, generator=generator), kind
+
+
+def masked_reference(m, x, kind):
+    """Every expert on every token, masked: slow and plain."""
+    flat = x.flatten(0, 1)
+    if m.learned:
+        probs = (flat @ m.router.T).softmax(-1)
+        gate = torch.zeros_like(probs)
+        for token in range(len(flat)):
+            for expert in probs[token].argsort(descending=True)[:m.top_k].tolist():
+                gate[token, expert] = 1
+        gate = gate * probs
+    else:
+        gate = F.one_hot((kind.flatten() == 1).long(), 2).float()
+    y = 0
+    for e in range(m.experts):
+        y = y + gate[:, e:e + 1] * (F.silu(flat @ m.gate[e].T) * (flat @ m.up[e].T) @ m.down[e].T)
+    return y.view_as(x)
+
+
+def value_and_gradients(function, m, x, kind):
+    x = x.clone().requires_grad_()
+    m.zero_grad()
+    y = function(x, kind)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    return [y.detach(), x.grad] + [p.grad.clone() for p in m.parameters()]
+
+
+def all_close(a, b, atol=2e-6):
+    return all(torch.allclose(i, j, atol=atol, rtol=1e-4) for i, j in zip(a, b, strict=True))
+
+
+# ---------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("run", [grouped_experts, looped_experts])
+@pytest.mark.parametrize("routing, top_k, skew", [
+    ("learned", 1, 0), ("learned", 2, 0), ("learned", 4, 0), ("learned", 1, 9), ("learned", 2, 9),
+    ("modality", 1, 0)])
+def test_both_ways_equal_the_masked_reference(monkeypatch, run, routing, top_k, skew):
+    monkeypatch.setattr(moe_module, "run_experts", run)
+    m, (x, kind) = layer(top_k=top_k, routing=routing), tokens()
+    if skew:  # expert 2 gets every token, experts stay empty
+        x[..., 0] = skew
+        m.router.data[:, 0] = torch.tensor([0.0, 0.0, 9.0, 1.0])
+        assert (m(x, kind)[1].counts.sum(0) == 0).any()
+    fast = value_and_gradients(lambda x, kind: m(x, kind)[0], m, x, kind)
+    slow = value_and_gradients(lambda x, kind: masked_reference(m, x, kind), m, x, kind)
+    assert all_close(fast, slow)
+
+
+def test_probe_compares_and_chooses(capsys):
+    cpu = torch.device("cpu")
+    assert moe_module.grouped_mm_error(cpu, torch.float32) is None
+    moe_module.probe_grouped_mm.cache_clear()
+    for _ in range(3):
+        assert moe_module.use_grouped_mm(cpu, torch.float32) is False
+    assert capsys.readouterr().out.count("moe: experts run by a loop") == 1, "said once"
+
+
+def test_one_expert_is_the_dense_layer():
+    m, (x, kind) = layer(experts=1), tokens()
+    dense = SwiGLU(W, H, 0)
+    dense.load_state_dict({f"{name}.weight": getattr(m, name)[0].detach()
+                           for name in ("gate", "up", "down")})
+    assert torch.allclose(m(x, kind)[0], dense(x)[0], atol=1e-7)
+    assert m(x, kind)[1].balance.item() == pytest.approx(1)
+    a, b = (value_and_gradients(f, net, x, kind)[1] for net, f in
+            ((m, lambda x, kind: m(x, kind)[0]), (dense, lambda x, kind: dense(x)[0])))
+    assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_experts_start_as_the_dense_layer_does():
+    torch.manual_seed(0)
+    m, dense = MoE(128, 256, 3, 8), SwiGLU(128, 256, 3)
+    for name in ("gate", "up", "down"):
+        expected = getattr(dense, name).weight.std().item()
+        for expert in getattr(m, name):
+            assert expert.std().item() == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_order_of_tokens_does_not_matter(top_k):
+    m, (x, kind) = layer(top_k=top_k), tokens()
+    y, stats = m(x, kind)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    permuted, same = m(x[:, order], kind[:, order])
+    assert torch.allclose(permuted, y[:, order], atol=1e-6)
+    assert torch.allclose(stats.balance, same.balance) and torch.equal(stats.counts, same.counts)
+
+
+def test_idle_experts_get_zero_gradients_not_none():
+    m, (x, _) = layer(routing="modality"), tokens()
+    for idle, kind in ((1, torch.zeros(2, 24)), (0, torch.ones(2, 24))):
+        m.zero_grad()
+        (m(x, kind)[0] ** 2).sum().backward()
+        for name in ("gate", "up", "down"):
+            grad = getattr(m, name).grad
+            assert grad is not None and not grad[idle].any() and grad[1 - idle].any(), name
+
+
+# ---------------------------------------------------------------- routing
+
+
+def test_router_takes_the_likeliest_and_does_not_renormalise():
+    m, (x, _) = layer(top_k=2), tokens()
+    gates, chosen, probs = route(x.flatten(0, 1), m.router, 2)
+    assert torch.allclose(probs.sum(-1), torch.ones(48))
+    assert torch.equal(gates, probs.gather(1, chosen)) and (gates.sum(-1) < 1).all()
+    left_out = probs.scatter(1, chosen, 0).amax(-1)
+    assert (gates >= left_out[:, None]).all()
+    one = route(x.flatten(0, 1), m.router, 1)
+    assert torch.equal(one[0], gates[:, :1]) and torch.equal(one[1], chosen[:, :1])
+
+
+def test_router_is_fp32_under_autocast():
+    m, (x, _) = layer(), tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        probs = route(x.bfloat16().flatten(0, 1), m.router, 1)[2]
+        y, stats = m(x, torch.zeros(2, 24))
+    assert probs.dtype == stats.balance.dtype == torch.float32 and y.isfinite().all()
+    assert stats.counts.sum() == 48
+
+
+def test_modality_routing_sends_each_to_its_expert():
+    m, (x, kind) = layer(routing="modality"), tokens()
+    y, stats = m(x, kind)
+    expected = torch.tensor([[(kind == 0).sum(), 0], [0, (kind == 1).sum()]])
+    assert torch.equal(stats.counts, expected.float()) and m.experts == 2
+    before = y.detach()
+    m.down.data[1] = 0  # the image expert falls silent
+    moved = (m(x, kind)[0] != before).any(-1)
+    assert torch.equal(moved, kind == 1)
+
+
+# ---------------------------------------------------------------- balance
+
+
+def test_balance_is_one_at_perfect_balance_and_e_at_collapse():
+    for slots in (16.0, 32.0):  # top-1 and top-2 of the same tokens
+        assert load_balancing_loss(torch.full((8,), slots), torch.full((8,), 1 / 8)).item() == 1
+    one = torch.eye(8)[0]
+    assert load_balancing_loss(one * 128, one).item() == 8
+
+
+def test_balance_of_a_hand_computed_example():
+    """3 tokens, 2 experts, top-1: probabilities (.9 .1) (.6 .4) (.2 .8) -> f = (2/3, 1/3),
+    P = (1.7/3, 1.3/3), E sum f P = 2 (2/3 * 1.7/3 + 1/3 * 1.3/3) = 9.4/9. The last is padding."""
+    torch.manual_seed(0)
+    m = MoE(4, 4, 0, 2)
+    probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.01, 0.99]])
+    m.router.data = torch.eye(2, 4)
+    x = torch.cat([probs.log(), torch.zeros(4, 2)], 1)[None]
+    stats = m(x, torch.tensor([[0, 1, 0, -1]]))[1]
+    assert stats.balance.item() == pytest.approx(9.4 / 9, rel=1e-5)
+    assert stats.counts.tolist() == [[1, 1], [1, 0]]
+
+
+def test_balance_gradient_spreads_the_load():
+    m, (x, _) = layer(experts=4), tokens()
+    x[..., 0], kind = 3.0, torch.zeros(2, 24)
+    m.router.data[1, 0] = 1.0  # expert 1 is preferred
+    before = m(x, kind)[1].balance
+    optimizer = torch.optim.SGD([m.router], lr=0.1)
+    for _ in range(30):
+        optimizer.zero_grad()
+        m(x, kind)[1].balance.backward()
+        optimizer.step()
+    assert before > 1.5 and m(x, kind)[1].balance < 0.75 * before
+
+
+def test_model_reports_the_mean_over_layers_and_counts():
+    torch.manual_seed(0)
+    model = Model(tiny(moe="learned", experts=4, top_k=2, depth=3))
+    batch = make_batch(model.cfg, [["tIttt", "tttt"], ["tItIttt"]])
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    out = model.eval()(batch)
+    counts = out.expert_counts
+    assert counts.shape == (3, 2, 4) and not counts.requires_grad
+    assert (counts.sum(2) == torch.tensor([13.0, 12.0]) * 2).all(), "text, image slots; no padding"
+    each = [stats.balance.item() for stats in model.decode(batch)[1]]
+    assert set(out.aux) == {"load_balancing_loss"} and min(each) > 0.5
+    assert out.aux["load_balancing_loss"].item() == pytest.approx(sum(each) / 3)
+    again = model(batch)
+    assert torch.equal(out.loss, again.loss) and torch.equal(counts, again.expert_counts)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert Model(tiny())(batch).aux == {} and Model(tiny())(batch).expert_counts is None
+
+
+# ---------------------------------------------------------------- specialisation
+
+
+def test_specialisation_of_hand_made_counts():
+    def h2(p):
+        return -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+    counts = torch.tensor([
+        [[10, 0, 20], [0, 30, 0]],     # all unimodal: 1; floor at 1/2: 0
+        [[5, 10, 15], [5, 10, 15]],    # all mixed: 0
+        [[1, 6, 0], [3, 6, 0]],        # 3/4 and 1/2 image, one expert never used
+        [[23, 23, 23], [77, 77, 77]],  # no preference, captions' mixture (77 % image)
+    ])
+    found = specialization(counts)
+    assert found["score"] == pytest.approx([1, 0, (1 - h2(0.75)) / 2, 1 - h2(0.77)])
+    assert found["floor"] == pytest.approx([0, 0, 1 - h2(9 / 16), 1 - h2(0.77)])
+    assert found["floor"][3] == pytest.approx(0.22, abs=0.005)
+
+
+def test_specialisation_of_modality_routing_is_one():
+    model = Model(tiny(moe="modality"))
+    out = model(make_batch(model.cfg, [["tIttt", "tttt"], ["tItIttt"]]))
+    assert specialization(out.expert_counts)["score"] == [1, 1]
