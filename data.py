@@ -15,6 +15,7 @@ import inspect
 import json
 import random
 import re
+import signal
 import zlib
 from pathlib import Path
 
@@ -102,9 +103,9 @@ class World:
     THINGS, VALUES, ZIPF, HEAD = 4096, 64, 1.5, 4
 
     def __init__(self, image_size=32):
-        if image_size % GRID:
-            raise SystemExit(f"--image-size {image_size}: the procedural world draws {GRID} x "
-                             f"{GRID} cells; take a multiple of {GRID}")
+        if image_size % GRID or image_size < 8 * GRID:  # smaller, two sprites could look alike
+            raise SystemExit(f"--image-size {image_size}: the procedural world needs a multiple of "
+                             f"{GRID}, at least {8 * GRID}")
         rng = np.random.default_rng(2504_07951)
         words = make_words(rng, self.THINGS + self.VALUES)
         self.values, self.names = words[:self.VALUES], words[self.VALUES:]
@@ -128,9 +129,7 @@ class World:
         return min(bisect.bisect(self.cumulative, rng.random()), self.THINGS - 1)
 
     def scene(self, rng, split):
-        """{cell: (thing, colour)} with one to three things. A scene belongs to one split by its
-        hash, so no picture of the validation set is ever trained on; as the text's probabilities
-        given the picture do not depend on this, the floor stays exact."""
+        """{cell: (thing, colour)} with one to three things."""
         while True:
             scene, last = {}, None
             cells = rng.sample(range(GRID * GRID), rng.randint(1, 3))
@@ -138,8 +137,14 @@ class World:
                 friend = last is not None and rng.random() < 0.5
                 last = int(self.friend[last]) if friend else self.thing(rng)
                 scene[cell] = (last, rng.randrange(len(COLOURS)))
-            if held_out(scene) == (split == "val"):
+            if self.belongs(scene, split):
                 return scene
+
+    def belongs(self, scene, split):
+        """A scene belongs to one split by its hash, so no picture of the validation set is ever
+        trained on; as a text's probability given its pictures does not depend on this, the floor
+        stays exact."""
+        return held_out(sorted(scene.items())) == (split == "val")
 
     def draw(self, scene, rng):
         """uint8 (S, S, 3)."""
@@ -171,7 +176,7 @@ class World:
         of the document loses nothing, and the floor is the same for any mixture."""
         scene = self.caption(w, split)
         for _ in range(w.rng.randint(1, 2)):
-            scene, what = self.change(scene, w.rng)
+            scene, what = self.change(scene, w.rng, split)
             w.show(self.draw(scene, w.rng))
             w.say(f" {what} now {COUNTS[len(scene)]}.")
 
@@ -231,9 +236,14 @@ class World:
         w.say(f" {VERBS[verb]}")
         w.say(f" {self.values[self.facts[thing, verb]]}.")
 
-    def change(self, scene, rng):
-        """(new scene, what a viewer of both pictures would say)."""
-        scene = dict(scene)
+    def change(self, scene, rng, split):
+        """(new scene of the same split, what a viewer of both pictures would say)."""
+        while True:
+            changed, what = self.any_change(dict(scene), rng)
+            if self.belongs(changed, split):
+                return changed, what
+
+    def any_change(self, scene, rng):
         free = rng.choice([c for c in range(GRID * GRID) if c not in scene])
         act = rng.choice(("left", "came", "turned", "moved")) if scene else "came"
         cell = rng.choice(sorted(scene)) if scene else free
@@ -287,6 +297,9 @@ class DataConfig:
                 and sum(map(int, parts)) == 100):
             raise SystemExit(f"--mixture {self.mixture}: need three whole percentages "
                              "captions-interleaved-text that add up to 100, as 45-45-10")
+        if self.val_rows < 1 or self.workers < 0:
+            raise SystemExit(f"--val-rows {self.val_rows} --workers {self.workers}: need at least "
+                             "1 and 0")
 
 
 def expand(document, eot, n_patches):
@@ -349,24 +362,22 @@ def patchify(image, patch_size):
     return x.reshape(g * g, -1)
 
 
-def collate(rows, patch_size, pad_images=1):
+def collate(rows, patch_size):
     """Rows -> the batch a model reads: a dict of tensors.
 
     tokens, doc, targets int64 (B, T): text ids, number of the document in its row (0 = padding),
     and what to predict (-1 = nothing). patch_index int64 (B, T): i * P + p at patch p of image i
     of the batch, else -1. images uint8 (I, P, 3 * patch_size**2), at least one, so that every
-    parameter gets a gradient even in a batch without images (DDP waits for all of them); I is
-    rounded up to a multiple of pad_images. target_index int64 (K,): the flat positions with a
-    target, so that no GPU has to stop and count them. nll float32 (K,): the generator's own
-    surprise there, 0 for real data."""
+    parameter gets a gradient even in a batch without images (DDP waits for all of them).
+    target_index int64 (K,): the flat positions with a target, so that no GPU has to stop and count
+    them. nll float32 (K,): the generator's own surprise there, 0 for real data."""
     images, patch_index = [], []
     for row in rows:
         shift = len(images) * row.n_patches
         patch_index.append(np.where(row.patch >= 0, row.patch + shift, -1))
         images += [patchify(image, patch_size) for image in row.images]
-    n_patches = rows[0].n_patches
-    missing = -len(images) % pad_images if images else pad_images
-    images += [np.zeros((n_patches, 3 * patch_size**2), np.uint8)] * missing
+    if not images:
+        images = [np.zeros((rows[0].n_patches, 3 * patch_size**2), np.uint8)]
     targets = np.stack([row.target for row in rows])
     index = np.flatnonzero(targets >= 0)
     arrays = {
@@ -435,7 +446,7 @@ class Loader:
         self.encoding = get_tokenizer(self.tokenizer)
         self.eot = self.encoding.eot_token
         self.knows_floor = self.world is not None
-        self.plans, self.orders = {}, {}
+        self.plans, self.orders, self.val = {}, {}, {}
         missing = [kind for kind, percent in zip(KINDS, self.percent)
                    if percent and self.packed and kind not in self.packed["train"].kinds]
         if missing:
@@ -456,10 +467,12 @@ class Loader:
 
     def fill(self, kind, n, split):
         """Row n of one kind and split."""
+        if self.world and split == "val":
+            return self.world_val_rows(kind)[n]
         row = Row(self.context, self.n_patches, self.eot)
         if self.world:
-            rng = random.Random(f"{self.seed if split == 'train' else 0}/{split}/{kind}/{n}")
-            while row.add(self.world.document(kind, rng, split), whole=split == "val"):
+            rng = random.Random(f"{self.seed}/{kind}/{n}")
+            while row.add(self.world.document(kind, rng)):
                 pass
             return row
         plan, training = self.plan(kind, split), split == "train"
@@ -472,6 +485,26 @@ class Loader:
                                                 training and self.cfg.augment,
                                                 training and self.cfg.flip), start, stop)
         return row
+
+    def world_val_rows(self, kind):
+        """The world's validation rows: always the same documents, each whole, so that the floor is
+        exact. One that does not fit opens the next row, or short ones would be favoured; only one
+        that fits no row is left out (below a context of 256 there are some)."""
+        if kind in self.val:
+            return self.val[kind]
+        rng, rows, tries = random.Random(f"val/{kind}"), [], 0
+        while len(rows) <= self.cfg.val_rows:
+            document, tries = self.world.document(kind, rng, "val"), tries + 1
+            if rows and rows[-1].add(document, whole=True):
+                continue
+            row = Row(self.context, self.n_patches, self.eot)
+            if row.add(document, whole=True):
+                rows.append(row)
+            elif tries > 100 and not rows:
+                raise SystemExit(f"--context {self.context}: no {kind} document of the procedural "
+                                 "world fits; 256 holds them all")
+        self.val[kind] = rows[:-1]  # the last one is not full
+        return self.val[kind]
 
     def plan(self, kind, split):
         if (kind, split) not in self.plans:
@@ -493,42 +526,51 @@ class Loader:
         return self.cfg.val_rows if self.world else \
             min(self.cfg.val_rows, self.plan(kind, "val").n_rows)
 
-    def batch(self, rows, pad_images=1):
-        return collate(rows, self.patch_size, pad_images)
+    def batch(self, rows):
+        return collate(rows, self.patch_size)
 
     def train_batches(self, first_step, last_step, rows_per_step, micro_rows, rank=0, world=1,
-                      pad_images=1, pin=False):
+                      pin=False):
         """Iterator over the micro-batches of steps first_step .. last_step - 1 for this rank."""
-        accumulation = rows_per_step // (micro_rows * world)
-        micro = [range(step * rows_per_step + (m * world + rank) * micro_rows,
-                       step * rows_per_step + (m * world + rank + 1) * micro_rows)
-                 for step in range(first_step, last_step) for m in range(accumulation)]
-        dataset = Batches(self, micro, pad_images)
-        workers = self.cfg.workers
+        micro = Batches(self, first_step, last_step, rows_per_step, micro_rows, rank, world)
+        if not self.cfg.workers:
+            return iter(torch.utils.data.DataLoader(micro, batch_size=None, pin_memory=pin))
+        # spawn, not fork: a forked worker would hold the run's lock after its parent was killed
         return iter(torch.utils.data.DataLoader(
-            dataset, batch_size=None, num_workers=workers, pin_memory=pin,
-            prefetch_factor=4 if workers else None))
+            micro, batch_size=None, pin_memory=pin, num_workers=self.cfg.workers,
+            prefetch_factor=4, multiprocessing_context="spawn", worker_init_fn=ignore_signals))
 
-    def val_batches(self, kind, micro_rows, rank=0, world=1, pad_images=1):
-        """This rank's share of the fixed validation rows of one kind; whole documents only where
-        the floor is known, so that it is exact."""
+    def val_batches(self, kind, micro_rows, rank=0, world=1):
+        """This rank's share of the fixed validation rows of one kind."""
         mine = range(rank, self.val_rows(kind), world)
         for a in range(0, len(mine), micro_rows):
-            rows = [self.fill(kind, n, "val") for n in mine[a:a + micro_rows]]
-            yield self.batch(rows, pad_images)
+            yield self.batch([self.fill(kind, n, "val") for n in mine[a:a + micro_rows]])
 
 
 class Batches(torch.utils.data.Dataset):
-    """Lets torch's DataLoader prepare micro-batches in worker processes, in order."""
+    """Lets torch's DataLoader prepare micro-batches, in worker processes too, in order."""
 
-    def __init__(self, loader, micro, pad_images):
-        self.loader, self.micro, self.pad_images = loader, micro, pad_images
+    def __init__(self, loader, first_step, last_step, rows_per_step, micro_rows, rank, world):
+        self.loader, self.first_step, self.last_step = loader, first_step, last_step
+        self.rows_per_step, self.micro_rows, self.rank, self.world = (
+            rows_per_step, micro_rows, rank, world)
+        self.accumulation = rows_per_step // (micro_rows * world)
 
     def __len__(self):
-        return len(self.micro)
+        return (self.last_step - self.first_step) * self.accumulation
 
     def __getitem__(self, i):
-        return self.loader.batch([self.loader.row(g) for g in self.micro[i]], self.pad_images)
+        step, micro = divmod(i, self.accumulation)
+        first = ((self.first_step + step) * self.rows_per_step
+                 + (micro * self.world + self.rank) * self.micro_rows)
+        return self.loader.batch([self.loader.row(first + j) for j in range(self.micro_rows)])
+
+
+def ignore_signals(worker):
+    """Ctrl-C reaches all processes of a terminal; the training process ends its workers itself,
+    after it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -581,13 +623,18 @@ def listed(convert):
 
 
 def one_bool(text):
-    return {"true": True, "false": False}[text.lower()]
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
 
 def parse_count(text):
     """"2M" -> 2000000; K, M, B and plain numbers, 1e6 too."""
     scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(str(text)[-1:].upper(), 1)
-    return round(float(str(text).rstrip("kKmMbB")) * scale)
+    value = float(str(text)[:-1] if scale > 1 else text) * scale
+    if not abs(value) < 2**63:
+        raise ValueError(f"{text} is not a count")
+    return round(value)
 
 
 def vocab_size(data):

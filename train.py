@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import os
-import resource
+import pickle
 import signal
 import subprocess
 import sys
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import (KINDS, DataConfig, Loader, Parser, add_flags, parse_count, patchify,
                   vocab_size)
-from model import PRESETS, Model, ModelConfig, generate
+from model import PRESETS, Block, Model, ModelConfig, generate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,11 @@ class TrainConfig:
     tokens_per_step: int = 1024  # tokens a step over all ranks; accumulation is derived
     micro_rows: int = 0  # rows at once on a device; 0 = what memory should allow
     lr: float = 0.0  # peak learning rate; 0 = the preset's, for laptop 0.19 / width
-    vision_lr: float = 1.0  # vision encoder's share of the learning rate (paper, Table 8)
+    vision_lr: float = 1.0  # late fusion: the encoder's share of the rate, 0 = frozen (Table 8)
     warmup: int = 0  # steps; 0 = the paper's 1000 to 5000 by run length, 64 for laptop runs
     cooldown: float = 0.2  # final share of the steps, in which the rate falls to 0
     weight_decay: float = 1e-4  # per step at the peak rate (fully decoupled; paper, App. A)
-    grad_clip: float = 1.0  # norm of the gradient
+    grad_clip: float = 1.0  # norm of the gradient; 0 = no clipping
     balance: float = 0.01  # weight of the load-balancing loss (paper, section 4)
     seed: int = 0  # decides initial weights and data order
     eval_every: int = 0  # steps between validations; 0 = only at the end
@@ -60,10 +60,21 @@ class TrainConfig:
     compile: str = "auto"  # auto = on CUDA only; on, off
     jobs: int = 0  # sweep processes on this machine's CPU; 0 = one a core, each on one thread
 
+    def __post_init__(self):
+        for name, least in (("tokens_per_step", 1), ("micro_rows", 0), ("lr", 0), ("vision_lr", 0),
+                            ("warmup", 0), ("weight_decay", 0), ("grad_clip", 0), ("balance", 0),
+                            ("seed", 0), ("eval_every", 0), ("save_every", 1), ("jobs", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below {least}")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"--cooldown {self.cooldown} is not a share between 0 and 1")
+        if self.compile not in ("auto", "on", "off"):
+            raise ValueError(f"--compile {self.compile}: need auto, on or off")
+
 
 # Fields that say how or where a run is computed, not what it computes: no part of its identity.
-HOW = ("out", "preset", "tokens", "micro_rows", "save_every", "device", "compile", "jobs",
-       "workers", "checkpointing")
+HOW = ("out", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device", "compile",
+       "jobs", "workers", "checkpointing")
 LAPTOP = dict(width=64, depth=4, context=256, image_size=32, patch_size=8)
 
 
@@ -99,9 +110,13 @@ class Cell:
 
 
 def paper_warmup(steps, moe):
-    """Section 4.1: 1000 steps for runs of up to 4000, 2500 up to 15000, else 5000; at least 2500
-    for MoE."""
-    return max(1000 if steps <= 4000 else 2500 if steps <= 15000 else 5000, 2500 if moe else 0)
+    """Section 4.1: 1000 steps for runs of up to 4000, 2500 up to 15000, else 5000; for MoE 2500
+    up to 20000. Half of the run where that is longer than all of it: ours, for small budgets."""
+    if moe:
+        steps_of_warmup = 2500 if steps < 20000 else 5000
+    else:
+        steps_of_warmup = 1000 if steps <= 4000 else 2500 if steps <= 15000 else 5000
+    return steps_of_warmup if steps_of_warmup <= steps else max(1, steps // 2)
 
 
 def make_cell(given):
@@ -178,6 +193,8 @@ class Machine:
         if name == "auto":
             mps = torch.backends.mps.is_available()
             name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise SystemExit(f"--device {name}: need auto, cpu, cuda or mps")
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise SystemExit("--device cuda: torch sees no CUDA GPU here; try --device cpu")
         if name == "cuda":
@@ -194,13 +211,14 @@ class Machine:
 
     def autocast(self):
         """bf16 on CUDA; fp32 elsewhere (bf16 is emulated, and 7 times slower, on most CPUs)."""
-        if self.is_cuda and torch.cuda.is_bf16_supported():
+        if self.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.autocast("cuda", torch.bfloat16)
         return contextlib.nullcontext()
 
     def sum(self, tensor):
-        """Sum over ranks, in place."""
+        """Sum over ranks."""
         if self.world > 1:
+            tensor = tensor.to(self.device)
             dist.all_reduce(tensor)
         return tensor
 
@@ -218,16 +236,20 @@ class Machine:
 
     def peak_mem_mb(self):
         if self.is_cuda:
-            return torch.cuda.max_memory_allocated() / 2**20
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0.0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
 
 
 def write_whole(path, write):
     """write(temporary path), then rename: a reader sees the old file or the new one, never half."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     write(temporary)
-    with open(temporary, "rb") as file:
+    with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -240,15 +262,15 @@ def locked(path, wait):
     with open(path, "a+", encoding="utf-8") as file:
         try:
             import fcntl
-        except ImportError:  # Windows: run one process
+        except ImportError:  # Windows, where main() starts no second process
             yield True
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            free = True
         except BlockingIOError:
-            yield False
-            return
-        yield True
+            free = False
+        yield free
 
 
 def finished(out):
@@ -256,8 +278,19 @@ def finished(out):
     path = Path(out) / "results.jsonl"
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without end is half
     return {row["run"]: row for row in map(json.loads, filter(None, lines))}
+
+
+def append_result(out, row):
+    """One more line in OUT/results.jsonl, from any number of processes."""
+    path = Path(out) / "results.jsonl"
+    with locked(path.with_name(".results.lock"), wait=True), open(path, "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        cut = file.read() not in (b"", b"\n")  # half a line, of a full disk: end it
+        file.write((b"\n" if cut else b"") + json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -276,19 +309,22 @@ class Run:
         self.loader = Loader(cell.data, cell.train.seed, cell.model.context,
                              cell.model.image_size, cell.model.patch_size)
         self.lines, self.pending = [], []  # of log.jsonl: not yet written, not yet read
-        self.flush_every = 10 if machine.is_cuda else 1  # reading a GPU's numbers makes it wait
-        self.last_loss, self.clock = float("nan"), time.perf_counter()
-        self.stats = {"padding": 0, "D_vision": 0}
-        self.spent = 0.0  # seconds in training steps, over all sittings
+        self.stopped = False  # somebody asked this run to stop
+        self.last_loss, self.flushed = float("nan"), 0.0
+        self.clock = None  # when the last step ended; None before a step that is not timed
+        self.stats = {"padding": 0, "D_vision": 0, "timed": 0, "spent": 0.0}
+        if machine.is_cuda:
+            torch.cuda.reset_peak_memory_stats(machine.device)
+
+    def config(self):
+        cell = self.cell
+        return {"model": dataclasses.asdict(cell.model), "train": dataclasses.asdict(cell.train),
+                "data": {**dataclasses.asdict(cell.data), "tokenizer": self.loader.tokenizer}}
 
     def state(self):
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "step": self.step, "stats": dict(self.stats), "spent": self.spent,
-                "identity": self.cell.identity(),
-                "config": {"model": dataclasses.asdict(self.cell.model),
-                           "data": {**dataclasses.asdict(self.cell.data),
-                                    "tokenizer": self.loader.tokenizer},
-                           "train": dataclasses.asdict(self.cell.train)}}
+                "step": self.step, "stats": dict(self.stats),
+                "identity": self.cell.identity(), "config": self.config()}
 
     def describe(self, rows, accumulation):
         """The derived numbers, said aloud."""
@@ -300,36 +336,50 @@ class Run:
             f"({rows} rows x {accumulation} micro-steps x {self.machine.world} ranks), "
             f"lr {cell.train.lr:.2g}, warmup {cell.train.warmup}, cooldown from {cell.branch}, "
             f"{device_name(self.machine)}" + (f", from step {self.step}" if self.step else ""))
-        self.clock = time.perf_counter()
+        if self.machine.rank == 0:
+            text = json.dumps(self.config(), indent=1)
+            write_whole(self.cell.folder / "config.json", lambda path: path.write_text(text, "utf-8"))
 
-    def record(self):
-        """Reads the numbers of the steps since the last call and turns them into log lines, which
+    def record(self, lag=0):
+        """Reads the numbers of the steps since the last call, but for the newest `lag` (to read
+        a number makes a GPU wait for it), and turns them into log lines, which
         hold nothing that depends on the machine's speed: a resumed run's log is the same, bit
         for bit. Returns ok, stopped (somebody asked a rank to) or diverged."""
-        lines, first = [], self.step - len(self.pending)
-        for i, (lr, totals, norm) in enumerate(self.pending):
+        if time.perf_counter() - self.flushed > 1:  # so that one can watch the log grow
+            self.flush()
+        first = self.step - len(self.pending)
+        status, ready = "ok", self.pending[:len(self.pending) - lag]
+        for i, (lr, totals, norm) in enumerate(ready):
             loss, balance, count, padding, vision, stop = totals.tolist()
-            lines.append({"step": first + i, "loss": loss / max(count, 1), "lr": lr,
-                          "grad_norm": norm.item()})
+            line = {"step": first + i, "loss": loss / max(count, 1), "lr": lr,
+                    "grad_norm": norm.item()}
             if self.cell.model.moe == "learned":
-                lines[-1]["load_balancing_loss"] = balance / max(count, 1)
+                line["load_balancing_loss"] = balance / max(count, 1)
             self.stats["padding"] += int(padding)
             self.stats["D_vision"] += int(vision)
-            self.last_loss = lines[-1]["loss"]
-            if not math.isfinite(self.last_loss):
+            self.last_loss = line["loss"]
+            if not math.isfinite(loss + line["grad_norm"]):
                 return "diverged"
-            self.lines.append(lines[-1])
-        self.pending = []
+            self.lines.append(line)
+            status = "stopped" if stop else status
+        self.pending = self.pending[len(ready):]
+        return status
+
+    def tick(self):
+        """Times a step; not the first after a start (torch compiles and allocates), a validation
+        or a checkpoint."""
         now = time.perf_counter()
-        self.spent, self.clock = self.spent + now - self.clock, now
-        return "stopped" if stop else "ok"
+        if self.clock is not None:
+            self.stats["timed"] += 1
+            self.stats["spent"] += now - self.clock
+        self.clock = now
 
     def save(self, name):
         """The log first: a checkpoint never knows of a step that the log does not."""
         self.flush()
         if self.machine.rank == 0:
             write_whole(self.cell.folder / name, lambda path: torch.save(self.state(), path))
-        self.clock = time.perf_counter()  # speed is that of the steps alone
+        self.clock = None
 
     def flush(self):
         if self.machine.rank == 0 and self.lines:
@@ -337,23 +387,24 @@ class Run:
                 file.writelines(json.dumps(line) + "\n" for line in self.lines)
                 file.flush()
                 os.fsync(file.fileno())
-        self.lines = []
+        self.lines, self.flushed = [], time.perf_counter()
 
     def restore(self, folder, name):
         """Takes over the state and the log of folder/name; the log may belong to another run of
         this family, whose first steps are this run's too."""
         try:
-            state = torch.load(folder / name, map_location=self.machine.device, weights_only=True)
-        except Exception as error:
-            raise SystemExit(f"{folder / name} is no checkpoint of this program ({error}); "
-                             "delete it to train this run from the start") from None
+            state = torch.load(folder / name, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+            raise SystemExit(f"{folder / name} is no checkpoint of this program "
+                             f"({str(error).splitlines()[0][:80]}); delete it to train this run "
+                             "from the start") from None
         if state["identity"] != self.cell.identity():
             changed = [k for k, v in self.cell.identity().items() if state["identity"].get(k) != v]
             raise SystemExit(f"{folder / name} was trained with another {', '.join(changed)}; "
                              "choose another --out, or delete it")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.stats, self.spent = state["step"], state["stats"], state["spent"]
+        self.step, self.stats = state["step"], state["stats"]
         if self.machine.rank == 0:
             with open(folder / "log.jsonl", encoding="utf-8") as file:
                 kept = [line for line in file
@@ -363,6 +414,7 @@ class Run:
 
     def begin(self, cells):
         """From the run's own checkpoint, else from the longest trunk of its family, else fresh."""
+        self.cell.folder.mkdir(parents=True, exist_ok=True)
         if (self.cell.folder / "ckpt.pt").exists():
             return self.restore(self.cell.folder, "ckpt.pt")
         trunks = [c for c in cells if c.branch <= self.cell.branch
@@ -379,12 +431,13 @@ def make_optimizer(model, cfg, machine):
     weight_decay by lr, so it is divided out."""
     def group(vision, decay):
         params = [p for name, p in model.named_parameters()
-                  if name.startswith("vision.") == vision
+                  if (late and name.startswith("vision.") and "connector" not in name) == vision
                   and (p.ndim >= 2 and "positions" not in name) == decay]
         peak = cfg.lr * (cfg.vision_lr if vision else 1.0)
         return {"params": params, "peak": peak,
                 "weight_decay": cfg.weight_decay / peak if decay and peak else 0.0}
 
+    late = model.cfg.fusion == "late"  # early fusion's patch projection is no encoder
     groups = [group(vision, decay) for vision in (False, True) for decay in (True, False)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95),
                              eps=1e-8, fused=machine.device.type in ("cpu", "cuda"))
@@ -394,9 +447,10 @@ def rate_at(step, cell):
     """The learning rate as a share of its peak: linear warmup, constant, then 1 - sqrt(t) over the
     last `cooldown` of the run. The paper says "inverse square root" to 0; a power law cannot
     reach 0, so we take Haegele et al.'s form, the one it builds on."""
+    rate = min(1.0, (step + 1) / cell.train.warmup)
     if step >= cell.branch:
-        return 1 - math.sqrt((step - cell.branch) / (cell.steps - cell.branch))
-    return min(1.0, (step + 1) / cell.train.warmup)
+        rate *= 1 - math.sqrt((step - cell.branch) / (cell.steps - cell.branch))
+    return rate
 
 
 def micro_rows(cell, machine):
@@ -427,9 +481,9 @@ def evaluate(run):
         for batch in run.loader.val_batches(kind, micro_rows(cell, machine), machine.rank,
                                             machine.world):
             with machine.autocast():
-                loss = run.model(to_device(batch, machine)).token_loss.double().sum().item()
+                loss = run.model(to_device(batch, machine)).token_loss.cpu().double().sum()
             total += torch.tensor([loss, batch["nll"].double().sum(), len(batch["nll"])])
-        loss, floor, count = machine.sum(total.to(machine.device)).tolist()
+        loss, floor, count = machine.sum(total).tolist()
         result[f"loss_{kind}"] = loss / count
         if run.loader.knows_floor:
             result[f"floor_{kind}"] = floor / count
@@ -442,7 +496,7 @@ def evaluate(run):
 
 
 def to_device(batch, machine):
-    return {k: v.to(machine.device, non_blocking=True) for k, v in batch.items()}
+    return {k: v.to(machine.device, non_blocking=machine.is_cuda) for k, v in batch.items()}
 
 
 def train(run, cells):
@@ -453,9 +507,8 @@ def train(run, cells):
     run.describe(rows, accumulation)
     compile_blocks(run)
     forward = DistributedDataParallel(run.model) if machine.world > 1 else run.model
-    images = rows * (cell.model.context // (cell.model.n_patches + 1)) if machine.is_cuda else 1
     batches = run.loader.train_batches(run.step, cell.steps, rows_per_step, rows, machine.rank,
-                                       machine.world, images, machine.is_cuda)
+                                       machine.world, machine.is_cuda)
     bar = tqdm(total=cell.steps, initial=run.step, desc=cell.name, unit="step", leave=False,
                disable=machine.rank > 0 or not sys.stderr.isatty())
     grows = any(c.branch > cell.branch for c in cells)  # a longer run will leave from this trunk
@@ -487,33 +540,37 @@ def train(run, cells):
             # averaged over ranks, hence their number)
             grads = [p.grad for p in run.model.parameters()]
             torch._foreach_mul_(grads, machine.world / totals[2].clamp(min=1))
-            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(),
+                                                  cfg.grad_clip or math.inf)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
 
             # log
             run.pending.append((run.optimizer.param_groups[0]["lr"], totals, norm))
             run.step += 1
-            bar.update()
             at_branch, at_end = run.step == cell.branch and grows, run.step == cell.steps
             evaluating = cfg.eval_every and run.step % cfg.eval_every == 0
             saving = run.step % cfg.save_every == 0 or at_branch or at_end
-            if not (saving or evaluating or len(run.pending) >= run.flush_every):
-                continue
-            status = run.record()
+            status = run.record(lag=1 if machine.is_cuda and not (saving or evaluating) else 0)
+            run.tick()
+            bar.update()
             bar.set_postfix_str(f"loss {run.last_loss:.3f}", refresh=False)
             if status == "diverged":
                 return status
+            run.stopped |= status == "stopped"
 
             # evaluation and checkpoint
             if evaluating:
                 run.lines[-1].update({f"val_{k}": v for k, v in evaluate(run).items()})
+                run.clock = None
             if at_branch:
                 run.save("trunk.pt")
-            if saving or status == "stopped":
+            if run.stopped and not saving:
+                saving = run.record() != "diverged"
+            if saving:
                 run.save("ckpt.pt")
-            if status == "stopped" and not at_end:
-                return status
+            if run.stopped and not at_end:
+                return "stopped"
     return "ok"
 
 
@@ -521,11 +578,10 @@ def compile_blocks(run):
     """Compiles each block, not the model: seconds of start-up instead of minutes, and the head's
     changing number of targets recompiles nothing."""
     mode = run.cell.train.compile
-    if mode not in ("auto", "on", "off"):
-        raise SystemExit(f"--compile {mode}: need auto, on or off")
     if mode == "on" or (mode == "auto" and run.machine.is_cuda):
+        torch.compiler.reset()  # else a sweep's later models find the cache full and run uncompiled
         for module in run.model.modules():
-            if type(module).__name__ == "Block":
+            if isinstance(module, Block):
                 module.compile()
 
 
@@ -552,19 +608,20 @@ def result_row(run, status, losses):
     """The line of results.jsonl."""
     cell, n = run.cell, run.model.num_params()
     model, cfg = cell.model, cell.train
-    D, share = cell.steps * cfg.tokens_per_step, run.stats
-    D_vision = share["D_vision"]
+    D, stats = run.step * cfg.tokens_per_step, run.stats
+    D_vision, speed = stats["D_vision"], stats["timed"] * cfg.tokens_per_step
     experts = {"none": 1, "modality": 2, "learned": model.experts}[model.moe]
     return {
         "run": cell.name, "fusion": model.fusion, "moe": model.moe, "n_experts": experts,
         "top_k": model.top_k if model.moe == "learned" else 1, "width": model.width,
         "depth": model.depth, "vision_width": model.encoder_width if n["N_vision"] else 0, **n,
-        "D": D, "D_vision": D_vision, "padding": share["padding"] / D,
+        "D": D, "D_vision": D_vision, "padding": stats["padding"] / max(D, 1),
         "C": run.model.flops(D, D_vision), **losses, "mixture": cell.data.mixture,
         "data": cell.data.data, "image_size": model.image_size, "patch_size": model.patch_size,
         "context": model.context, "tokens_per_step": cfg.tokens_per_step, "steps": cell.steps,
         "lr": cfg.lr, "warmup": cfg.warmup, "seed": cfg.seed,
-        "tok_per_s": round(D / max(run.spent, 1e-9), 1), "wall_s": round(run.spent, 2),
+        "tok_per_s": round(speed / max(stats["spent"], 1e-9), 1),
+        "wall_s": round(stats["spent"], 2),
         "peak_mem_mb": round(run.machine.peak_mem_mb(), 1), "device": device_name(run.machine),
         "world_size": run.machine.world, "torch": torch.__version__, "git": git_commit(),
         "status": status,
@@ -592,26 +649,28 @@ def git_commit():
 
 def run_cell(cell, cells, machine):
     """Trains one cell and appends its line to results.jsonl; False if it was asked to stop."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
     run = Run(cell, machine)
     run.begin(cells)
-    status = train(run, cells)
+    try:
+        status = train(run, cells)
+    except torch.OutOfMemoryError:
+        raise SystemExit(f"{cell.name}: out of memory; try a smaller --micro-rows, which "
+                         "accumulates more, or --checkpointing") from None
     run.flush()
     if status == "stopped":
         machine.say(f"{cell.name}: saved at step {run.step} of {cell.steps}; the same command "
                     "goes on from here")
         return False
     losses = evaluate(run) if status == "ok" else {"loss": None}
+    if status == "ok" and not math.isfinite(losses["loss"]):
+        status, losses = "diverged", {"loss": None}
     row = result_row(run, status, losses)
     if machine.rank == 0:
-        path = Path(cell.train.out) / "results.jsonl"
-        with locked(path.with_name(".results.lock"), wait=True), \
-                open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_result(cell.train.out, row)
     machine.say(summary(row))
     if machine.rank == 0 and status == "ok" and len(cells) == 1 and "caption" in run.loader.val_kinds():
         show_sample(run)
-    return True
+    return not run.stopped
 
 
 def summary(row):
@@ -639,7 +698,8 @@ def run_grid(cells, machine):
             contextlib.nullcontext(True)
         with lock as mine:
             if not machine.share(mine):
-                continue  # another process is on it
+                machine.say(f"{family[0].name} and its longer runs: another process is on them")
+                continue
             for cell in family:
                 if machine.share(cell.name in finished(out)):
                     machine.say(f"{cell.name}: finished before")
@@ -652,41 +712,58 @@ def run_jobs(cells, argv, jobs):
     """A CPU sweep: single-thread copies of this very command, which share the grid through its
     locks (two threads on one small model are slower than two models on a thread each)."""
     out = Path(cells[0].train.out)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, os.path.abspath(__file__), *argv, "--jobs", "1"]
     out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, os.path.abspath(__file__), *argv, "--jobs", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     logs = [open(out / f"worker-{i}.log", "w", encoding="utf-8") for i in range(jobs)]
     workers = [subprocess.Popen(command, env=env, stdout=log, stderr=log) for log in logs]
-    seen, total = set(), sum(cell.steps for cell in cells)
-    with StopSignal() as stop, tqdm(total=total, unit="step", desc=f"{jobs} processes") as bar:
+    bar = tqdm(total=sum(cell.steps for cell in cells), unit="step", desc=f"{jobs} processes",
+               disable=not sys.stderr.isatty())
+    seen = set(finished(out))
+    with StopSignal() as stop, bar:
         while any(worker.poll() is None for worker in workers):
-            rows = finished(out)
-            for cell in cells:
-                if cell.name in rows and cell.name not in seen:
-                    seen.add(cell.name)
-                    tqdm.write(summary(rows[cell.name]), file=sys.stdout)
-            bar.n = sum(cell.steps for cell in cells if cell.name in rows)
-            bar.refresh()
+            time.sleep(1)
             if stop.asked:
                 for worker in workers:
                     worker.terminate()
-            time.sleep(1)
+            rows = finished(out)
+            for name in rows.keys() - seen:
+                tqdm.write(summary(rows[name]), file=sys.stdout)
+            seen |= rows.keys()
+            bar.update(sum(steps_done(cell) for cell in cells) - bar.n)
     for worker, log in zip(workers, logs):
         log.close()
         if worker.returncode and not stop.asked:
-            raise SystemExit(Path(log.name).read_text(encoding="utf-8").strip().splitlines()[-1]
-                             + f"\n({log.name} has all of it; the same command goes on)")
+            last = Path(log.name).read_text(encoding="utf-8").strip().splitlines()[-1:]
+            raise SystemExit(f"{''.join(last)}\n({log.name} has all of it; the same command goes on)")
+    if stop.asked:
+        raise SystemExit("stopped; the same command goes on from here")
+
+
+def steps_done(cell):
+    """Steps in a run's log so far."""
+    path = cell.folder / "log.jsonl"
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 2000))
+        lines = file.read().decode("utf-8", "replace").splitlines()[:-1]  # the last may be half
+    return json.loads(lines[-1])["step"] + 2 if len(lines) > 1 else 0
 
 
 def show_sample(run):
     """A held-out picture, what the data says of it, and what the model says."""
     loader, model = run.loader, run.model
-    row = loader.fill("caption", 0, "val")
+    rows = (loader.fill("caption", n, "val") for n in range(loader.val_rows("caption")))
+    row = next((row for row in rows if row.images), None)
+    if row is None:
+        return
     truth = row.tokens[(row.doc == 1) & (row.patch < 0)][1:].tolist()  # without its end-of-text
     prompt = [[loader.eot], torch.from_numpy(patchify(row.images[0], loader.patch_size))]
     room = model.cfg.context - model.cfg.n_patches - 1
-    said = generate(model, prompt, min(64, room), stop=loader.eot,
-                    n_vocab=loader.encoding.n_vocab)
+    with torch.compiler.set_stance("force_eager"):  # a growing prompt would compile at each token
+        said = generate(model, prompt, min(64, room), stop=loader.eot,
+                        n_vocab=loader.encoding.n_vocab)
     run.machine.say(f"a held-out picture: {loader.encoding.decode(truth)!r}\n"
                     f"the model says:     {loader.encoding.decode(said)!r}")
 
@@ -697,7 +774,9 @@ def main(argv):
     families = len({cell.family for cell in cells})
     on_cpu = cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available()
                                      and not torch.backends.mps.is_available())
-    jobs = min(cfg.jobs or os.cpu_count(), families) if on_cpu and "RANK" not in os.environ else 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    alone = not on_cpu or "RANK" in os.environ or os.name == "nt"  # no locks on Windows
+    jobs = 1 if alone else min(cfg.jobs or cores, families)
     if jobs > 1:
         run_jobs(cells, argv, jobs)
     else:

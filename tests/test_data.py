@@ -140,6 +140,10 @@ def test_splits_never_share_a_scene_or_a_story():
     world, rng = SmallWorld(), random.Random(6)  # small, so that chance repeats are certain
     scenes = {split: {repr(world.scene(rng, split)) for _ in range(3000)}
               for split in ("train", "val")}
+    for split in scenes:  # pictures that a change made too
+        rng2 = random.Random(7)
+        scenes[split] |= {repr(dict(sorted(world.change(eval(s), rng2, split)[0].items())))
+                          for s in list(scenes[split])[:1000]}
     assert not scenes["train"] & scenes["val"]
     stories = {split: {text_of(world.document("text", rng, split)) for _ in range(500)}
                for split in ("train", "val")}
@@ -193,11 +197,13 @@ def test_every_hundred_rows_hold_the_mixture_exactly():
 
 def test_validation_rows_hold_whole_documents_and_an_exact_floor():
     loader = make_loader()
-    row = loader.fill("text", 0, "val")
-    rng, total = random.Random("0/val/text/0"), 0.0
-    for _ in range(row.n_docs):
-        total += float(loader.world.document("text", rng, "val").nll.sum())
-    assert row.nll.sum() == pytest.approx(total, rel=1e-5)
+    for kind in KINDS:
+        rng = random.Random(f"val/{kind}")
+        for n in range(3):  # every document of the stream, none left out for its length
+            row = loader.fill(kind, n, "val")
+            documents = [loader.world.document(kind, rng, "val") for _ in range(row.n_docs)]
+            assert row.nll.sum() == pytest.approx(sum(d.nll.sum() for d in documents), rel=1e-5)
+            assert (row.target >= 0).sum() == sum((d.tokens != IMAGE).sum() + 1 for d in documents)
 
 
 def toy_image(value):
@@ -241,14 +247,6 @@ def test_a_batch_without_images_has_a_dummy_one():
     loader = make_loader(mixture="0-0-100")
     batch = loader.batch([loader.row(0)])
     assert batch["images"].shape == (1, 16, 192) and (batch["patch_index"] == -1).all()
-
-
-def test_padded_images_change_nothing_else():
-    loader = make_loader()
-    rows = [loader.row(g) for g in range(4)]
-    few, many = loader.batch(rows), loader.batch(rows, pad_images=40)
-    assert many["images"].shape[0] == 40
-    assert torch.equal(few["images"], many["images"][:len(few["images"])])
 
 
 @pytest.mark.parametrize("mixture", ["45-45", "50-50-50", "a-b-c", "45-45-10-0"])
