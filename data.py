@@ -1,29 +1,58 @@
 """Documents of three kinds (captions, interleaved, text), packed into rows of fixed length.
 
-    python data.py pack --captions 'A/*.tar' --interleaved 'B/*' --text 'C/*.jsonl.zst' --out data/real
+    python data.py pack --captions 'A/*.tar' --interleaved B --text 'C/*.jsonl.zst' --out data/real
     python data.py show procedural -n 4 --out page.png
 
+In reading order: the procedural world, rows and batches; then real data: tokenizers, readers,
+images, pack, Packed; then the page that `show` draws and the command lines.
+
 Dimensions:  B rows in a batch   T context, positions in a row   P patches in an image
-             I images in a batch   S image side in pixels   L tokens in a document   K targets in a batch
+             I images in a batch   S image side in pixels   h, w stored height and width
+             L tokens in a document   K targets in a batch   p patch side   n patches along a side
 """
 
 import argparse
+import base64
 import bisect
 import dataclasses
 import difflib
+import gzip
+import hashlib
 import inspect
+import io
+import itertools
 import json
+import multiprocessing
+import os
 import random
 import re
+import shutil
 import signal
+import sys
+import tarfile
+import textwrap
+import threading
+import warnings
 import zlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from glob import escape, glob
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
 
 KINDS = ("caption", "interleaved", "text")  # the order of the paper's C-I-T mixtures (section 2.2)
 IMAGE = -1  # stands for one whole image in Document.tokens; the row builder expands it to P patches
+MAX_PIXELS = 50_000_000   # a larger picture is skipped before it is decoded ("image bomb")
+MAX_BYTES = 200_000_000   # nothing is read past this from a picture or a member of an archive
+MIN_SIDE = 8              # smaller pictures are tracking pixels and rulers, not images
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +354,8 @@ class Row:
     """One row of `context` positions under construction; `add` pieces of documents until full."""
 
     def __init__(self, context, n_patches, eot):
-        self.n_patches, self.eot, self.context, self.used, self.n_docs = n_patches, eot, context, 0, 0
+        self.context, self.n_patches, self.eot = context, n_patches, eot
+        self.used = self.n_docs = 0
         self.tokens, self.doc = np.zeros(context, np.int64), np.zeros(context, np.int64)
         self.patch = np.full(context, -1)
         self.target, self.nll = np.full(context, -1), np.zeros(context, np.float32)
@@ -393,17 +423,19 @@ class Plan:
     """Which documents share a row: next-fit in the order of the files, made once for a packed kind.
 
     Documents longer than a row are cut into pieces, never through an image, and what is cut off
-    goes on in another row. pieces int64 (n, 3): document, first and last + 1 position."""
+    goes on in another row. pieces int64 (n, 5): document, its positions from .. to, its images
+    from .. to."""
 
     def __init__(self, packed, kind, context, n_patches):
         text, images = packed.sizes(kind).T
         lengths = 1 + text + images * n_patches  # with the end-of-text before it
         long = np.flatnonzero(lengths > context)
-        cut = [(i, start, stop) for i in long.tolist()
-               for start, stop in cut_document(packed.tokens(kind, i), context, n_patches)]
+        cut = [(i, *piece) for i in long.tolist()
+               for piece in cut_document(packed.tokens(kind, i), context, n_patches)]
         short = np.flatnonzero(lengths <= context)
-        whole = np.stack([short, np.zeros_like(short), lengths[short]], 1)  # (n, 3)
-        pieces = np.concatenate([whole, np.array(cut, np.int64).reshape(-1, 3)])
+        zero = np.zeros_like(short)
+        whole = np.stack([short, zero, lengths[short], zero, images[short]], 1)  # (n, 5)
+        pieces = np.concatenate([whole, np.array(cut, np.int64).reshape(-1, 5)])
         self.pieces = pieces[np.lexsort((pieces[:, 1], pieces[:, 0]))]
         ends, first = np.cumsum(self.pieces[:, 2] - self.pieces[:, 1]), [0]
         while first[-1] < len(ends):  # the row that starts at this piece holds all that fit
@@ -416,7 +448,7 @@ class Plan:
 
 
 def cut_document(tokens, context, n_patches):
-    """(start, stop) of the pieces of one document, in positions, each at most `context` long."""
+    """The pieces of one document: positions from .. to, at most `context`, images from .. to."""
     images = np.flatnonzero(tokens == IMAGE)
     starts = 1 + images + np.arange(len(images)) * (n_patches - 1)  # position of each first patch
     length, start = 1 + len(tokens) + len(images) * (n_patches - 1), 0
@@ -424,7 +456,7 @@ def cut_document(tokens, context, n_patches):
         stop = min(start + context, length)
         inside = starts[(starts < stop) & (stop < starts + n_patches)]
         stop = int(inside[0]) if len(inside) else stop
-        yield start, stop
+        yield start, stop, *np.searchsorted(starts, (start, stop)).tolist()
         start = stop
 
 
@@ -450,7 +482,7 @@ class Loader:
         missing = [kind for kind, percent in zip(KINDS, self.percent)
                    if percent and self.packed and kind not in self.packed["train"].kinds]
         if missing:
-            raise SystemExit(f"--mixture {cfg.mixture}: {cfg.data} holds no {missing[0]} documents")
+            raise SystemExit(f"--mixture {cfg.mixture}: {cfg.data} has no {missing[0]} documents")
 
     def kind_of(self, g):
         """(kind, how many rows of that kind came before row g). Every 100 rows hold the mixture's
@@ -480,10 +512,11 @@ class Loader:
         place = self.order(kind, epoch)[place] if training else \
             place * plan.n_rows // self.val_rows(kind)  # from all over the validation set
         rng = np.random.default_rng((self.seed, 2, KINDS.index(kind), n))
-        for i, start, stop in plan.row(place):
-            row.add(self.packed[split].document(kind, i, self.image_size, rng,
-                                                training and self.cfg.augment,
-                                                training and self.cfg.flip), start, stop)
+        for i, start, stop, first, last in plan.row(place):
+            document = self.packed[split].document(
+                kind, i, self.image_size, rng, training and self.cfg.augment,
+                training and self.cfg.flip, first, last)
+            row.add(document, start, stop)
         return row
 
     def world_val_rows(self, kind):
@@ -574,6 +607,567 @@ def ignore_signals(worker):
 
 
 # ---------------------------------------------------------------------------------------------
+# Tokenizers: everything is a tiktoken.Encoding
+# ---------------------------------------------------------------------------------------------
+
+
+def get_tokenizer(name="bytes"):
+    """"bytes" (256 bytes + end-of-text, offline), a tiktoken name, or a path to a .tiktoken file.
+
+    Encode data with `encode_ordinary`: "<|endoftext|>" inside data is then text, not control.
+    The end-of-text id is `.eot_token`. SystemExit: unknown name, no network, damaged file."""
+    path, pattern = Path(name), GPT2
+    try:
+        if name == "bytes":     # the pattern only cuts into pieces, for speed: nothing to merge
+            pattern, ranks = r"(?s:.{1,64})", {bytes([i]): i for i in range(256)}
+        elif path.suffix == ".tiktoken":    # tiktoken's loader caches by path, retrained or not
+            lines = (line.split() for line in path.read_bytes().splitlines())
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            if path.with_suffix(".pat.txt").is_file():
+                pattern = path.with_suffix(".pat.txt").read_text(encoding="utf-8").strip("\n")
+        else:
+            return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:      # a failed download is an OSError, too
+        reason = str(error).partition("\n")[0][:99]
+        raise SystemExit(f"tokenizer {name} cannot be used ({reason}): give bytes, a path to a "
+                         ".tiktoken file (lines of base64 token, space, rank), or one of "
+                         f"{', '.join(tiktoken.list_encoding_names())} that is in "
+                         "TIKTOKEN_CACHE_DIR or can be downloaded") from None
+    return tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": max(ranks.values()) + 1})
+
+
+# ---------------------------------------------------------------------------------------------
+# Readers: file -> samples (key, record, members) -> parts: str, image file's bytes, Skip
+# ---------------------------------------------------------------------------------------------
+
+
+class Skip(str):
+    """Why an image, or a whole document, cannot be used; counted, never fatal."""
+
+
+def need(module, package):
+    """Import from an optional package or end in one line that says how to install it."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        raise SystemExit(f"this needs the package {package}: pip install {package}") from None
+
+
+def read_samples(path):
+    """(key, record, members): a json's bytes or a dict; in a tar also {name: content}."""
+    if path.suffix == ".tar":
+        return tar_samples(path)
+    if path.suffix == ".parquet":       # without pre_buffer only a few rows' images are in memory
+        file = need("pyarrow.parquet", "pyarrow").ParquetFile(
+            path, pre_buffer=False, buffer_size=1 << 20)
+        batches = file.iter_batches(64, columns=["texts", "images"], use_threads=False)
+        records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    elif path.suffix == ".txt":         # documents of about 64 kB: memory must not grow with it
+        file = open(path, encoding="utf-8-sig")
+        pieces = iter(lambda: file.readlines(1 << 16), [])
+        records = ({"text": "".join(lines)} for lines in pieces)
+    elif path.suffix == ".zst":
+        records = zstd_lines(path)
+    else:
+        records = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    records = (record for record in records if record not in (b"", b"\n", b"\r\n"))
+    return ((str(i), record, {}) for i, record in enumerate(records))
+
+
+def tar_samples(path):
+    """Neighbours with one key, the path up to the name's first dot, as in WebDataset. Nothing is
+    written to disk, whatever the members are called."""
+    with open(path, "rb") as file, tarfile.open(None, "r:", file, errors="replace") as tar:
+        files = (x for x in tar if x.isfile() and not os.path.basename(x.name).startswith("."))
+        for key, group in itertools.groupby(files, lambda x: re.sub(r"\.[^/]*$", "", x.name)):
+            members = {os.path.basename(x.name): tar.extractfile(x).read(MAX_BYTES) for x in group}
+            yield key, members.get(os.path.basename(key) + ".json"), members
+            tar.members = []            # tarfile remembers every member otherwise
+        file.seek(tar.offset)
+        end = file.read(1 << 16)
+    if not end or end.strip(b"\0"):     # tarfile stops silently at a cut and at a damaged header
+        raise EOFError(f"the tar is cut or damaged at byte {tar.offset}")
+
+
+def zstd_lines(path):
+    """The lines of all frames; EOFError where the file was cut.
+    (zstandard's stream_reader ends silently at a cut, its decompress() after the first frame.)"""
+    zstandard, frame, data, line = need("zstandard", "zstandard"), None, b"", []
+    with open(path, "rb") as file:
+        while data := data or file.read(1 << 16):
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            *ends, start = frame.decompress(data).split(b"\n")
+            for end in ends:
+                yield b"".join([*line, end])
+                line = []
+            line.append(start)
+            data, frame = frame.unused_data, None if frame.eof else frame
+    if frame:
+        raise EOFError("the zstd stream is cut")
+    yield b"".join(line)
+
+
+def caption_parts(record, members, folder):
+    """img2dataset: KEY.jpg (or .png, .webp), and KEY.txt or else the "caption" of KEY.json."""
+    images = [members[x] for x in members if x.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
+    texts = [members[x].decode("utf-8-sig") for x in members if x.endswith(".txt")]
+    caption = texts[0] if texts else (record or {}).get("caption") or ""
+    return [images[0] if images else Skip("missing image"), caption.strip()]
+
+
+def interleaved_parts(record, members, folder):
+    """OBELICS: lists "images" and "texts", at each place one of them is None. MMC4, OpenFlamingo:
+    sentences, each after the images that it is matched with."""
+    if "text_list" in record:
+        images = [(info["matched_text_index"], info) for info in record["image_info"]]
+        texts, separator = record["text_list"], " "
+    else:
+        images, texts, separator = [*enumerate(record["images"])], record["texts"], "\n\n"
+        if len(images) != len(texts):
+            return [Skip("image count does not match")]
+    places = [(i, False, find_image(image, members, folder)) for i, image in images if image]
+    places += [(i, True, text) for i, text in enumerate(texts) if text]
+    places.sort(key=lambda place: place[:2])
+    parts = []
+    for is_text, run in itertools.groupby(places, key=lambda place: place[1]):
+        values = [value for _, _, value in run]
+        parts += [separator.join(values)] if is_text else values
+    return parts
+
+
+def find_image(value, members, folder):
+    """Bytes of the image that a record names: in itself, in its tar or in a file beside it."""
+    if isinstance(value, dict):         # OpenFlamingo's or MMC4's image_info, or parquet's image
+        value = (base64.b64decode(value.get("image_base64") or "") or value.get("bytes")
+                 or value.get("path") or value.get("image_name") or "")
+    if isinstance(value, bytes):
+        return value
+    if os.path.basename(value) in members:
+        return members[os.path.basename(value)]
+    if value.startswith(("http://", "https://")):
+        return Skip("image is a URL (download it first)")
+    inside = not os.path.isabs(value) and ".." not in Path(value).parts    # read no other files
+    for path in (folder / value, folder / "images" / value):
+        if inside and os.path.isfile(path):
+            with open(path, "rb") as file:
+                return file.read(MAX_BYTES)
+    return Skip("missing image")
+
+
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+LAYOUTS = {"caption": (caption_parts, (".tar",)),
+           "interleaved": (interleaved_parts, (".tar", ".parquet", *LINES)),
+           "text": (lambda record, members, folder: [record["text"]], (".txt", *LINES))}
+
+
+def read_source(path, kind):
+    """(key, parts) of one file; a file that is cut or damaged ends in a last Skip."""
+    try:
+        for key, record, members in read_samples(path):
+            try:
+                record = json.loads(record) if isinstance(record, bytes) else record
+                parts = LAYOUTS[kind][0](record, members, path.parent)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                parts = [Skip(f"broken record ({type(error).__name__})")]
+            yield key, parts
+    except Exception as error:          # on hostile files the libraries raise nearly every type
+        reason = str(error).partition("\n")[0][:80]
+        yield f"({reason})", [Skip("truncated or damaged file")]
+
+
+def find_sources(kind, patterns):
+    """Files of this kind that globs, files and folders (with all below them) name."""
+    found, endings = {}, LAYOUTS[kind][1]
+    for pattern in patterns:
+        name = escape(pattern) if os.path.exists(pattern) else pattern
+        paths = glob(name, recursive=True) + glob(os.path.join(name, "**"), recursive=True)
+        paths = [path for path in paths if path.endswith(endings) and os.path.isfile(path)]
+        if not paths:
+            raise SystemExit(f"{pattern!r}, seen from {os.getcwd()}, names no {kind} file "
+                             f"({' '.join(endings)})")
+        found.update({os.path.realpath(path): Path(path) for path in paths})
+    return [found[real] for real in sorted(found)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Images: bytes -> uint8 (h, w, 3) that still has room for a random crop
+# ---------------------------------------------------------------------------------------------
+
+
+def load_image(data, store_size):
+    """First frame, upright, alpha over white, 8 bit, centre-cropped to at most 2:1; the short side
+    is reduced to store_size (small pictures are kept as they are). uint8 (h, w, 3), or Skip."""
+    Image, ImageOps = need("PIL.Image", "pillow"), need("PIL.ImageOps", "pillow")
+    Image.MAX_IMAGE_PIXELS = None       # Pillow would warn, or raise what we count ourselves
+    safe = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")    # EPS would start ghostscript
+    try:
+        image = Image.open(io.BytesIO(data), formats=safe)
+        w, h = image.size
+        if w * h > MAX_PIXELS:
+            return Skip("image too large")
+        if min(w, h) < MIN_SIDE:
+            return Skip("image too small")
+        shrink = min(1.0, 2 * store_size / min(w, h))
+        image.draft(None, (int(w * shrink) + 1, int(h * shrink) + 1))   # a JPEG decodes less
+        image = to_rgb(Image, ImageOps.exif_transpose(image))
+    except Exception:                   # on hostile bytes the decoders raise nearly every type
+        return Skip("corrupt image")
+    w, h = image.size
+    scale = min(1.0, store_size / min(w, h))
+    size = [round(scale * side) for side in (min(w, 2 * h), min(h, 2 * w))]
+    return np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC))     # (h, w, 3)
+
+
+def to_rgb(Image, image):
+    if image.mode[0] in "IF":           # 16 bit or float, which convert("RGB") would clip
+        grey = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0).clip(0)  # (h, w)
+        ranges = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)
+        white = next((x for x in ranges if grey.max() <= x), grey.max())
+        image = Image.fromarray((grey * (255 / white)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------
+# Pack: one input file -> one shard, side by side in worker processes
+# ---------------------------------------------------------------------------------------------
+# A shard is a folder of `data`, the documents one after the other: tokens int32 with IMAGE, (h, w)
+# int32 of each image, their pixels; of train.docs and val.docs, int64 (documents, 3): a document's
+# first byte in `data`, tokens, images; and of shard.json.
+def pack_file(source, kind, folder, tokenizer, made_from):
+    """Pack one input file into `folder`. Runs in a worker process."""
+    enc, tmp = get_tokenizer(tokenizer), folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)      # left by a run that was killed
+    tmp.mkdir(parents=True)
+    warnings.filterwarnings("ignore", module="PIL")     # odd EXIF and the like
+    tables, skipped, counts = {}, {}, {}
+    with open(tmp / "data", "wb") as file:
+        for key, parts in read_source(source, kind):
+            ids, images, reasons = encode(parts, enc, made_from["store_size"])
+            for reason in reasons:
+                skipped.setdefault(reason, [0, f"{source.name}: {key}"])[0] += 1
+            if len(ids) == len(images) or kind == "caption" and not images:
+                continue                # no text, or a caption without its image
+            chance = zlib.crc32(os.fsencode(f"{source.name}/{key}")) / 2**32    # always the same
+            split = "val" if chance < made_from["val_share"] else "train"
+            tables.setdefault(split, []).append((file.tell(), len(ids), len(images)))
+            sizes = [side for image in images for side in image.shape[:2]]
+            for array in (np.array(ids + sizes, np.int32), *images):
+                file.write(array.tobytes())
+        file.flush()
+        os.fsync(file.fileno())         # else a power cut could leave the name without the content
+    for split, table in tables.items():
+        table = np.array(table, np.int64)                                   # (documents, 3)
+        table.tofile(tmp / f"{split}.docs")
+        tokens, images = table.sum(0)[1:].tolist()
+        counts[split] = {"docs": len(table), "tokens": tokens - images, "images": images}
+    shard = {"made_from": made_from, "skipped": skipped, "splits": counts}
+    (tmp / "shard.json").write_text(json.dumps(shard), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)   # made from another version of the file
+    os.replace(tmp, folder)             # in one step: a shard is complete or absent
+
+
+def encode(parts, enc, store_size):
+    """ids (IMAGE for an image), the decoded images, and reasons why something was left out."""
+    ids, images, reasons = [], [], []
+    for part in parts:
+        part = load_image(part, store_size) if isinstance(part, bytes) else part
+        if isinstance(part, Skip):
+            reasons.append(part)
+        elif isinstance(part, str):
+            ids += enc.encode_ordinary(part) if part.strip() else []
+        else:
+            images.append(part)
+            ids.append(IMAGE)
+    return ids, images, reasons if reasons or len(ids) > len(images) else ["no text"]
+
+
+def pack(sources, out, tokenizer="bytes", image_size=224, split="train", val_fraction=0.01,
+         workers=0):
+    """Pack {kind: [globs, files or folders]} into OUT and return data.json's content.
+
+    Safe to interrupt and start again, and to call again with more files (`split="val"`).
+    SystemExit: nothing matches, OUT was packed with other settings, no document survives."""
+    out, enc, jobs = Path(out), get_tokenizer(tokenizer), []
+    config = {"tokenizer_hash": zlib.crc32(repr((enc._pat_str, enc._mergeable_ranks)).encode()),
+              "vocab_size": enc.n_vocab, "eot": enc.eot_token,
+              "image_size": image_size, "store_size": round(image_size * 8 / 7)}
+    for kind, path in [(k, p) for k in KINDS for p in find_sources(k, sources.get(k) or ())]:
+        stat, real = path.stat(), Path(os.path.realpath(path))
+        made_from = {**config, "path": str(real), "size": stat.st_size, "mtime": stat.st_mtime_ns,
+                     "val_share": 1.0 if split == "val" else val_fraction}
+        # The hash keeps files of one name in two folders apart.
+        name = f"{real.name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:12]}"
+        jobs.append((path, kind, out / kind / name, str(tokenizer), made_from))
+    if not jobs:
+        raise SystemExit("nothing to pack: give --captions, --interleaved or --text files")
+    done = {folder: shard["made_from"] for folder, shard in read_shards(out)}
+    if any(config[x] != old[x] for old in done.values() for x in config):
+        raise SystemExit(f"{out} was packed with another tokenizer than {tokenizer} or another "
+                         f"image size than {image_size}: choose another --out")
+    todo = [job for job in jobs if done.get(job[2]) != job[4]]
+    print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them packed before")
+    try:
+        run_jobs(todo, min(workers or os.cpu_count() or 1, len(todo)))
+    except (KeyboardInterrupt, BrokenProcessPool):
+        raise SystemExit("interrupted, or a worker died (out of memory? try fewer --workers): "
+                         "finished files are kept, the same command goes on") from None
+    return write_index(out, config, tokenizer)
+
+
+def read_shards(out):
+    """[(folder, content of its shard.json)] of the finished shards."""
+    return [(path.parent, json.loads(path.read_text(encoding="utf-8")))
+            for path in sorted(out.glob("*/*/shard.json")) if path.parent.suffix != ".tmp"]
+
+
+def run_jobs(jobs, workers):
+    if workers <= 1:
+        for job in tqdm(jobs, "pack", unit="file"):
+            pack_file(*job)
+        return
+    context = multiprocessing.get_context("spawn")      # tiktoken's threads do not survive a fork
+    pool = ProcessPoolExecutor(workers, context, start_worker)
+    try:
+        futures = [pool.submit(pack_file, *job) for job in jobs]
+        for done in tqdm(as_completed(futures), "pack", len(jobs), unit="file"):
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C ends a worker without a traceback
+    parent = multiprocessing.parent_process()           # and so must the parent's death
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def write_index(out, config, tokenizer):
+    """Write data.json, the list of all shards in OUT; print its totals and return it."""
+    if str(tokenizer).endswith(".tiktoken"):            # copied, so that the data can move
+        for source in map(Path(tokenizer).with_suffix, (".tiktoken", ".pat.txt")):
+            if source.is_file():
+                copy = out / source.name.replace(Path(tokenizer).stem, "tokenizer", 1)
+                copy.write_bytes(source.read_bytes())
+        tokenizer = "tokenizer.tiktoken"
+    splits, skipped = {}, {}
+    for folder, shard in read_shards(out):
+        for split, counts in shard["splits"].items():
+            kinds = splits.setdefault(split, {})
+            total = kinds.setdefault(folder.parent.name, {**dict.fromkeys(counts, 0), "shards": []})
+            total.update({x: total[x] + n for x, n in counts.items()})
+            total["shards"].append({"name": folder.name, **counts})
+        for reason, (count, example) in shard["skipped"].items():
+            skipped.setdefault(reason, [0, example])[0] += count
+    for split, kind in ((split, kind) for split in splits for kind in splits[split]):
+        counts = [f"{n:14,} {x}" for x, n in splits[split][kind].items() if x != "shards"]
+        print(f"{split:5} {kind:11}", *counts)
+    for reason, (count, example) in skipped.items():
+        print(f"skipped {count:,}: {reason} (first: {example})")
+    if not splits:
+        raise SystemExit(f"no document could be packed into {out}: see the reasons above")
+    meta = {"tokenizer": str(tokenizer), **config, "splits": splits, "skipped": skipped}
+    (out / "data.json.tmp").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    os.replace(out / "data.json.tmp", out / "data.json")
+    return meta
+
+
+# ---------------------------------------------------------------------------------------------
+# Packed: the shards as documents
+# ---------------------------------------------------------------------------------------------
+
+
+class Packed:
+    """One split of a packed folder: holds its tables of documents, reads the rest when asked.
+
+    SystemExit: no data.json in `root`, no such split in it, a shard's file is missing or cut."""
+
+    def __init__(self, root, split="train"):
+        root, path = Path(root), Path(root) / "data.json"
+        if not path.is_file():
+            raise SystemExit(f"{path} does not exist: make it with `python data.py pack ... --out "
+                             f"{root}`")
+        self.meta = json.loads(path.read_text(encoding="utf-8"))
+        if self.meta["tokenizer"].endswith(".tiktoken"):
+            self.meta["tokenizer"] = str(root / self.meta["tokenizer"])
+        if split not in self.meta["splits"]:
+            raise SystemExit(f"{path} has no split {split!r}: add it with `python data.py pack ... "
+                             f"--split {split} --out {root}`")
+        kinds, self.encoding = self.meta["splits"][split], get_tokenizer(self.meta["tokenizer"])
+        self.kinds, self._data, self._docs = tuple(k for k in KINDS if k in kinds), {}, {}
+        self._maps = {}
+        for kind in self.kinds:
+            folders = [root / kind / shard["name"] for shard in kinds[kind]["shards"]]
+            counts = [shard["docs"] for shard in kinds[kind]["shards"]]
+            tables = [self._read(folder / f"{split}.docs", np.int64, 0, 3 * n)
+                      for folder, n in zip(folders, counts)]
+            table = np.concatenate(tables).reshape(-1, 3)                   # (n_docs, 3)
+            number = np.repeat(np.arange(len(folders)), counts)[:, None]    # (n_docs, 1)
+            self._docs[kind] = np.hstack([number, table])                   # (n_docs, 4)
+            self._data[kind] = [folder / "data" for folder in folders]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_maps": {}}  # a worker process maps the files for itself
+
+    def _read(self, path, dtype, start, count):
+        """`count` numbers of a file from byte `start` on: a view of its memory map."""
+        if path not in self._maps:
+            if len(self._maps) >= 1024:  # systems bound the number of mappings
+                self._maps.clear()
+            size = path.stat().st_size if path.is_file() else 0
+            self._maps[path] = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+        found = self._maps[path][start:start + count * np.dtype(dtype).itemsize]
+        if len(found) < count * np.dtype(dtype).itemsize:
+            raise SystemExit(f"{path}, listed in data.json, is missing or cut: pack again")
+        return found.view(dtype)
+
+    def n_docs(self, kind):
+        """Number of documents of one kind."""
+        return len(self._docs.get(kind, ()))
+
+    def sizes(self, kind):
+        """int64 (n_docs, 2): text tokens and images of every document."""
+        docs = self._docs.get(kind, np.zeros((0, 4), np.int64))
+        return np.stack([docs[:, 2] - docs[:, 3], docs[:, 3]], axis=1)      # (n_docs, 2)
+
+    def tokens(self, kind, i):
+        """int32 (L,), IMAGE where an image stands."""
+        number, start, length, _ = self._docs[kind][i].tolist()
+        return self._read(self._data[kind][number], np.int32, start, length)
+
+    def image(self, kind, i, j):
+        """Image j of document i as stored, uint8 (h, w, 3)."""
+        number, start, length, n_images = self._docs[kind][i].tolist()
+        if not 0 <= j < n_images:
+            raise IndexError(f"document {i} has {n_images} images, not {j + 1}")
+        path, start = self._data[kind][number], start + 4 * length
+        sizes = self._read(path, np.int32, start, 2 * n_images).reshape(-1, 2)    # (images, 2)
+        start += sizes.nbytes + 3 * int(sizes[:j].prod(axis=1).sum())
+        return self._read(path, np.uint8, start, 3 * sizes[j].prod()).reshape(*sizes[j], 3)
+
+    def document(self, kind, i, image_size, rng=None, augment=False, flip=False, first_image=0,
+                 last_image=None):
+        """Document i, its images uint8 (S, S, 3); those outside [first_image, last_image) are None
+        (nothing is read for them, and the others keep their numbers).
+
+        Plain: the centre square. augment: RandomResizedCrop, scale 0.4-1, ratio 3/4-4/3 (paper
+        4.2). flip: mirror with p = 0.5, unless the text speaks of left or right. Both draw from
+        `rng`, a numpy Generator, and from nothing else."""
+        tokens = self.tokens(kind, i)
+        images = [None] * int((tokens == IMAGE).sum())
+        text = self.encoding.decode(tokens[tokens != IMAGE].tolist()) if flip else ""
+        flip = flip and not re.search(r"\b(left|right)", text, re.IGNORECASE)
+        for j in range(len(images))[first_image:last_image]:
+            pixels = self.image(kind, i, j)
+            image = square(pixels, image_size, rng if augment else None)            # (S, S, 3)
+            mirror = flip and rng.random() < 0.5
+            images[j] = np.ascontiguousarray(image[:, ::-1]) if mirror else image
+        return Document(tokens, images)
+
+
+def square(pixels, size, rng=None):
+    """uint8 (h, w, 3) -> (size, size, 3): its centre square, or with rng a random crop."""
+    top, left, h, w = crop_box(*pixels.shape[:2], rng)
+    crop = np.array(pixels[top:top + h, left:left + w])  # a copy: a memory map is read-only
+    x = torch.from_numpy(crop).permute(2, 0, 1)[None]                       # (1, 3, h, w)
+    x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)      # (1, 3, S, S)
+    return x[0].permute(1, 2, 0).contiguous().numpy()                       # (S, S, 3)
+
+
+def crop_box(h, w, rng=None):
+    """(top, left, height, width) of the centre square, or with rng of RandomResizedCrop: area
+    0.4-1 of the image, width / height 3/4-4/3 (log-uniform)."""
+    for _ in range(10 if rng else 0):
+        area = h * w * rng.uniform(0.4, 1.0)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        box_w, box_h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        if 0 < box_w <= w and 0 < box_h <= h:
+            top, left = int(rng.integers(h - box_h + 1)), int(rng.integers(w - box_w + 1))
+            return top, left, box_h, box_w
+    side = min(h, w)
+    return (h - side) // 2, (w - side) // 2, side, side
+
+
+# ---------------------------------------------------------------------------------------------
+# Show: packed rows as a person reads them
+# ---------------------------------------------------------------------------------------------
+
+
+WIDTH = 118                 # of a page, in letters
+INK = {"target": "#0b3d91", "context": "#999999"}
+STYLE = {"family": "monospace", "fontsize": 7, "va": "top", "parse_math": False}
+
+
+def row_segments(batch, b):
+    """Row b as (document, kind, payload): kind "image" (its index), "target" or "context" (ids).
+    A target is a token that some position has to predict."""
+    tokens, doc, targets = (batch[k][b].tolist() for k in ("tokens", "doc", "targets"))
+    image = (batch["patch_index"][b] // batch["images"].shape[1]).tolist()  # (T,), -1 = no image
+    entries = []
+    for t, number in enumerate(doc):
+        predicted = t > 0 and doc[t - 1] == number and targets[t - 1] >= 0
+        kind = "image" if image[t] >= 0 else "target" if predicted else "context"
+        entries += [(number, kind, image[t], tokens[t])] if number else []      # 0: padding
+        if targets[t] >= 0 and number not in doc[t + 1:t + 2]:
+            entries.append((number, "target", -1, targets[t]))      # predicted, but not an input
+    for (number, kind, i), run in itertools.groupby(entries, key=lambda entry: entry[:3]):
+        yield number, kind, i if kind == "image" else [token for *_, token in run]
+
+
+def draw_rows(batch, decode, out_path, patch_size, image_size):
+    """Draw every row of a batch (the loader's dict) to a PNG: images and text in their order, a
+    bar for each document, targets in blue. decode: list of ids -> str."""
+    axes = need("matplotlib.figure", "matplotlib").Figure().add_axes((0, 0, 1, 1))
+    n = image_size // patch_size
+    images = batch["images"].reshape(-1, n, n, patch_size, patch_size, 3)       # (I, n, n, p, p, 3)
+    images = images.transpose(2, 3).reshape(-1, image_size, image_size, 3)      # (I, S, S, 3)
+    axes.text(7, 0, "blue: targets, which the model has to predict", STYLE, color=INK["target"])
+    axes.text(60, 0, "grey: context, only read, as all images are", STYLE, color=INK["context"])
+    y = 1
+    for b, targets in enumerate(batch["targets"]):
+        patches, padding = (batch["patch_index"][b] >= 0).sum(), (batch["doc"][b] == 0).sum()
+        axes.text(0, y + 1, f"row {b}: {len(targets)} positions, {patches} of them image patches, "
+                  f"{padding} padding; {(targets >= 0).sum()} targets", STYLE, weight="bold")
+        y += 2
+        for number, segments in itertools.groupby(row_segments(batch, b), key=lambda s: s[0]):
+            top, colour = y, f"C{(number - 1) % 10}"
+            y = draw_document(axes, y, segments, images.numpy(), decode)
+            axes.plot([6.4, 6.4], [top, y - 0.2], colour, linewidth=3, solid_capstyle="butt")
+            axes.text(0, top, f"doc {number}", STYLE, color=colour)
+    width, height = 0.06 * (WIDTH + 2), 0.135 * (y + 1)     # inches
+    axes.figure.set_size_inches(width, height)
+    axes.set(xlim=(-1, WIDTH + 1), ylim=(y + 0.5, -0.5))
+    axes.axis("off")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # a glyph that no font has is drawn as a box
+        axes.figure.savefig(out_path, dpi=min(150, 30000 / height))     # PNG: 2^15 lines at most
+
+
+def draw_document(axes, y, segments, images, decode):
+    """Text stands to the right of the images before it; returns the y of the line below."""
+    top, bottom, left, x = y, y, 7, 7
+    for _, kind, payload in segments:
+        if kind == "image":
+            if y > top or x > 60:           # not beside this text: below everything
+                x, y = 6, max(y + 1, bottom)
+            axes.imshow(images[payload], extent=(x + 1, x + 14, y + 5.8, y), aspect="auto")
+            top, bottom, left, x = y, y + 6, x + 15, x + 15
+            continue
+        text = decode(payload).replace("<|endoftext|>", "⟨end⟩")
+        for k, paragraph in enumerate(re.split(r"\n\s*", text)):
+            x, y = (left, y + 1) if k else (x, y)
+            indent = " " * (x - left)       # after what is on this line already
+            lines = textwrap.wrap(paragraph, WIDTH - left, initial_indent=indent) or [indent]
+            for n, line in enumerate(lines):
+                axes.text(left, y + n, line, STYLE, color=INK[kind])
+            x, y = left + len(lines[-1]), y + len(lines) - 1
+    return max(y + 1, bottom)
+
+
+# ---------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------
 
@@ -590,7 +1184,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0.0)
-            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unknown argument {unknown[0]}{hint}")
         return known
 
 
@@ -604,9 +1199,8 @@ def add_flags(parser, kind, skip=()):
         flag, text = f"--{field.name.replace('_', '-')}", comments.get(field.name, "")
         text = text.replace("%", "%%") + f" (default: {field.default})"
         if field.type in (bool, "bool"):
-            convert = one_bool
-            parser.add_argument(flag, nargs="?", const=[True], type=listed(convert), help=text)
-            parser.add_argument(flag.replace("--", "--no-", 1), dest=field.name, action="store_const",
+            parser.add_argument(flag, nargs="?", const=[True], type=listed(one_bool), help=text)
+            parser.add_argument(f"--no-{flag[2:]}", dest=field.name, action="store_const",
                                 const=[False], help=argparse.SUPPRESS)
             continue
         convert = {"int": parse_count, "float": float, "str": str}[
@@ -644,8 +1238,63 @@ def vocab_size(data):
     return -(-get_tokenizer(name).n_vocab // 8) * 8
 
 
-def get_tokenizer(name):
-    import tiktoken
-    ranks = {bytes([i]): i for i in range(256)}
-    return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
-class Packed: pass
+def pack_command(argv=None):
+    """Run `python data.py pack` with these flags."""
+    parser = Parser(prog="data.py pack", description="Pack files of real data for training.")
+    add = parser.add_argument
+    for flag in ("--captions", "--interleaved", "--text"):
+        add(flag, nargs="+", default=[], metavar="GLOB", help="files, folders or quoted globs")
+    add("--out", required=True, help="folder for the packed data")
+    add("--tokenizer", default="bytes", help="bytes, a tiktoken name or a path to a .tiktoken file")
+    add("--image-size", type=int, default=224, help="pixels, as in training")
+    add("--split", choices=("train", "val"), default="train")
+    add("--val-fraction", type=float, default=0.01, help="share of train that becomes val")
+    add("--workers", type=int, default=0, help="processes; 0 = one per core")
+    args = parser.parse_args(argv)
+    if not 0 <= args.val_fraction < 1 or args.image_size < 1:
+        raise SystemExit("--val-fraction must be in [0, 1) and --image-size at least 1")
+    sources = {"caption": args.captions, "interleaved": args.interleaved, "text": args.text}
+    pack(sources, args.out, args.tokenizer, args.image_size, args.split, args.val_fraction,
+         args.workers)
+
+
+def show_command(argv=None):
+    """Run `python data.py show` with these flags."""
+    parser = Parser(prog="data.py show", description="Draw packed rows as a person reads them.")
+    add = parser.add_argument
+    add("data", nargs="?", default="procedural", help="procedural, or a packed folder")
+    add("-n", type=int, default=4, help="rows")
+    add("--out", default="page.png")
+    add("--split", choices=("train", "val"), default="train")
+    add("--context", type=int, default=256, help="positions in a row")
+    add("--image-size", type=int, default=0, help="0: as packed; 32 for procedural")
+    add("--patch-size", type=int, default=0, help="0: 1/16 of the image; 1/4 for procedural")
+    add("--mixture", default="45-45-10", help="captions-interleaved-text, per cent")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    real = args.data != "procedural"
+    size = args.image_size or (Packed(args.data).meta["image_size"] if real else 32)
+    patch = args.patch_size or (size // 16 if real else size // 4)
+    if size % patch or args.context < (size // patch) ** 2 + 2 or args.n < 1:
+        raise SystemExit(f"show: {args.n} rows of --context {args.context} with images of "
+                         f"--image-size {size} in patches of --patch-size {patch} are not possible")
+    loader = Loader(DataConfig(data=args.data, mixture=args.mixture), args.seed, args.context, size,
+                    patch)
+    kinds = [loader.kind_of(g) for g in range(args.n)]
+    batch = loader.batch([loader.fill(kind, n, args.split) for kind, n in kinds])
+    draw_rows(batch, loader.encoding.decode, args.out, patch, size)
+    print(f"wrote {args.out}: {args.n} rows ({', '.join(kind for kind, _ in kinds)})")
+
+
+def main(argv):
+    commands = {"pack": pack_command, "show": show_command}
+    if not argv or argv[0] not in commands:
+        near = difflib.get_close_matches(argv[0], commands, 1) if argv else []
+        print(__doc__.split("\n\nIn reading")[0])
+        raise SystemExit(f"data.py: need a command, {' or '.join(commands)}"
+                         + (f"; did you mean {near[0]}?" if near else ""))
+    commands[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

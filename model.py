@@ -473,20 +473,15 @@ def load_model(run_dir: str) -> tuple:
 
 
 def read_image(path: str, size: int):
-    """Any image file -> uint8 (S,S,3) array: its centre square, resized."""
+    """Any image file -> uint8 (S,S,3) array: its centre square, resized, as in validation."""
+    from data import Skip, load_image, square
     try:
-        import numpy as np
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise SystemExit("--image needs Pillow: pip install pillow") from None
-    try:
-        image = Image.open(path)
-        if image.width * image.height > 2 ** 26:  # before decoding, which may fill the memory
-            raise OSError(f"{image.width}x{image.height} pixels are too many")
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        return np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
-    except Exception as error:  # on broken files the decoders raise nearly every type
-        raise SystemExit(f"cannot read the image {path}: {error}") from None
+        image = load_image(Path(path).read_bytes(), size)
+    except OSError as error:
+        raise SystemExit(f"cannot read the image {path}: {error.strerror}") from None
+    if isinstance(image, Skip):
+        raise SystemExit(f"cannot read the image {path}: {image}")
+    return square(image, size)
 
 
 def main(argv=None):

@@ -14,7 +14,6 @@ Dimensions:  B rows in a micro-batch   T context
 
 import contextlib
 import dataclasses
-import datetime
 import itertools
 import json
 import math
@@ -65,7 +64,7 @@ class TrainConfig:
                             ("warmup", 0), ("weight_decay", 0), ("grad_clip", 0), ("balance", 0),
                             ("seed", 0), ("eval_every", 0), ("save_every", 1), ("jobs", 0)):
             if not getattr(self, name) >= least:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} is below {least}")
+                raise ValueError(f"{name} {getattr(self, name)} is below {least}")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"--cooldown {self.cooldown} is not a share between 0 and 1")
         if self.compile not in ("auto", "on", "off"):
@@ -338,7 +337,8 @@ class Run:
             f"{device_name(self.machine)}" + (f", from step {self.step}" if self.step else ""))
         if self.machine.rank == 0:
             text = json.dumps(self.config(), indent=1)
-            write_whole(self.cell.folder / "config.json", lambda path: path.write_text(text, "utf-8"))
+            path = self.cell.folder / "config.json"
+            write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def record(self, lag=0):
         """Reads the numbers of the steps since the last call, but for the newest `lag` (to read
@@ -668,7 +668,7 @@ def run_cell(cell, cells, machine):
     if machine.rank == 0:
         append_result(cell.train.out, row)
     machine.say(summary(row))
-    if machine.rank == 0 and status == "ok" and len(cells) == 1 and "caption" in run.loader.val_kinds():
+    if status == "ok" and len(cells) == 1 and "caption" in run.loader.val_kinds():
         show_sample(run)
     return not run.stopped
 
@@ -735,7 +735,7 @@ def run_jobs(cells, argv, jobs):
         log.close()
         if worker.returncode and not stop.asked:
             last = Path(log.name).read_text(encoding="utf-8").strip().splitlines()[-1:]
-            raise SystemExit(f"{''.join(last)}\n({log.name} has all of it; the same command goes on)")
+            raise SystemExit(f"{''.join(last)}\n({log.name} has all of it)")
     if stop.asked:
         raise SystemExit("stopped; the same command goes on from here")
 

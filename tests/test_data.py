@@ -277,14 +277,17 @@ class FakePacked:
     ["t" * 57], ["I" * 9] * 3, ["ttttttttttI" * 5] * 4,  # nothing but documents longer than a row
 ])
 def test_packing_places_every_position_once_and_cuts_no_image(documents):
+    """And says of each piece which images it needs."""
     packed, context = FakePacked(documents), 12
     plan = data.Plan(packed, "text", context, 4)
     covered = collections.defaultdict(list)
     for n in range(plan.n_rows):
         pieces = plan.row(n)
-        assert 0 < sum(stop - start for _, start, stop in pieces) <= context
-        for i, start, stop in pieces:
+        assert 0 < sum(stop - start for _, start, stop, *_ in pieces) <= context
+        for i, start, stop, first, last in pieces:
             covered[i].append((start, stop))
+            patch = data.expand(Document(packed.ids[i], []), 0, 4)[1][start:stop]
+            assert sorted(set((patch[patch >= 0] // 4).tolist())) == list(range(first, last))
     for i, ids in enumerate(packed.ids):
         patch = data.expand(Document(ids, []), 0, 4)[1]
         pieces = sorted(covered[i])
@@ -299,7 +302,7 @@ def test_every_token_is_a_target_exactly_once_however_documents_are_cut():
     plan, targets = data.Plan(packed, "text", 12, 4), []
     for n in range(plan.n_rows):
         row = Row(12, 4, eot=99)
-        for i, start, stop in plan.row(n):
+        for i, start, stop, *_ in plan.row(n):
             images = [toy_image(0)] * int((packed.ids[i] == IMAGE).sum())
             row.add(Document(packed.ids[i], images), start, stop)
         targets += row.target[row.target >= 0].tolist()
