@@ -51,7 +51,7 @@ class TrainConfig:
     cooldown: float = 0.2  # final share of the steps, in which the rate falls to 0
     weight_decay: float = 1e-4  # per step at the peak rate (fully decoupled; paper, App. A)
     grad_clip: float = 1.0  # norm of the gradient; 0 = no clipping
-    balance: float = 0.01  # weight of the load-balancing loss (paper, section 4)
+    load_balancing_weight: float = 0.01  # of the load_balancing_loss of experts (section 4)
     seed: int = 0  # decides initial weights and data order
     eval_every: int = 0  # steps between validations; 0 = only at the end
     save_every: int = 500  # steps between checkpoints
@@ -61,8 +61,9 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, least in (("tokens_per_step", 1), ("micro_rows", 0), ("lr", 0), ("vision_lr", 0),
-                            ("warmup", 0), ("weight_decay", 0), ("grad_clip", 0), ("balance", 0),
-                            ("seed", 0), ("eval_every", 0), ("save_every", 1), ("jobs", 0)):
+                            ("warmup", 0), ("weight_decay", 0), ("grad_clip", 0),
+                            ("load_balancing_weight", 0), ("seed", 0), ("eval_every", 0),
+                            ("save_every", 1), ("jobs", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} {getattr(self, name)} is below {least}")
         if not 0 <= self.cooldown <= 1:
@@ -277,8 +278,12 @@ def finished(out):
     path = Path(out) / "results.jsonl"
     if not path.exists():
         return {}
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # a last line without end is half
-    return {row["run"]: row for row in map(json.loads, filter(None, lines))}
+    rows = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # half a line: being written, or of a full disk
+            row = json.loads(line)
+            rows[row["run"]] = row
+    return rows
 
 
 def append_result(out, row):
@@ -528,7 +533,7 @@ def train(run, cells):
                     with machine.autocast():
                         out = forward(batch)
                     balance = out.aux.get("load_balancing_loss", torch.zeros_like(out.loss))
-                    (out.loss + cfg.balance * balance * out.count).backward()
+                    (out.loss + cfg.load_balancing_weight * balance * out.count).backward()
                 totals[:3] += torch.stack([out.loss.detach(), balance.detach() * out.count,
                                            torch.full_like(out.loss, out.count)])
                 totals[3:5] += torch.stack([(batch["doc"] == 0).sum(),

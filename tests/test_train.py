@@ -118,6 +118,24 @@ def test_finished_runs_are_skipped(tmp_path, capsys):
     assert "finished before" in capsys.readouterr().out
 
 
+def test_half_a_line_of_results_is_passed_over_and_ended(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"run": "a"}\n{"run": "b", "lo', encoding="utf-8")
+    train.append_result(tmp_path, {"run": "c"})
+    assert set(train.finished(tmp_path)) == {"a", "c"}
+
+
+def test_a_kill_with_worker_processes_leaves_no_lock(tmp_path):
+    flags = ["--tokens", "200K", "--save-every", "20", "--workers", "1"]
+    process = subprocess.Popen(command(tmp_path, *flags), stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("*/ckpt.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    result = subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, check=True)
+    assert "from step" in result.stdout and len(train.finished(tmp_path)) == 1
+
+
 def test_two_processes_share_a_grid_without_doing_a_cell_twice(tmp_path):
     flags = ["--width", "16,24,32,40", "--tokens", "5K,10K"]
     workers = [subprocess.Popen(command(tmp_path, *flags), stdout=subprocess.DEVNULL)
@@ -145,7 +163,8 @@ def test_accumulation_equals_the_big_batch(tmp_path):
 def test_two_ranks_follow_one(tmp_path, flags):
     flags = ["--tokens", "10K", "--mixture", "30-30-40", "--micro-rows", "1", *flags]
     run(tmp_path / "one", *flags)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+              "--nproc_per_node", "2"]
     subprocess.run([*launch, *command(tmp_path / "two", *flags)[1:]], check=True,
                    env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     single, double = log(one(tmp_path / "one")), log(one(tmp_path / "two"))
@@ -170,8 +189,15 @@ def test_schedule_rises_stays_and_ends_at_zero():
     assert all(a > b for a, b in zip(rates[80:], rates[81:])) and rates[100] == 0
 
 
+def test_a_warmup_longer_than_the_trunk_makes_no_jump():
+    cell = cell_of("--tokens", "51200", "--warmup", "200")  # 100 steps
+    rates = [train.rate_at(step, cell) for step in range(101)]
+    assert max(abs(a - b) for a, b in zip(rates, rates[1:])) < 0.1 and rates[79] == 0.4
+
+
 def test_learning_rates_of_the_presets_are_the_papers():
-    for size, width, lr in (("275m", 800, 1.5e-3), ("932m", 1632, 5e-4), ("2.43b", 2464, 3.8e-4)):
+    for size, width, lr in (("275m", 800, 1.5e-3), ("932m", 1632, 5e-4),
+                            ("2.43b", 2464, 3.8e-4)):
         cell, = train.parse_grid(["--preset", size, "--tokens", "4B"])
         assert (cell.model.width, cell.model.depth, cell.train.lr) == (width, 24, lr)
         assert cell.train.tokens_per_step == 2048 * 1024 and cell.train.warmup == 1000
@@ -229,7 +255,7 @@ def test_vision_learning_rate_zero_freezes_the_encoder(tmp_path):
 def test_the_set_of_flags_is_frozen():
     """A new flag needs a user: add it here only together with the reason in its comment."""
     known = set("""out preset tokens tokens_per_step micro_rows lr vision_lr warmup cooldown
-        weight_decay grad_clip balance seed eval_every save_every device compile jobs
+        weight_decay grad_clip load_balancing_weight seed eval_every save_every device compile jobs
         fusion moe experts top_k width depth heads context image_size patch_size mlp_multiple
         vision_width vision_depth checkpointing data mixture augment flip val_rows
         workers""".split())
