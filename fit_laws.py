@@ -3,17 +3,18 @@
     python fit_laws.py runs/demo       a folder that train.py wrote (results.jsonl)
     python fit_laws.py table.csv       any table with columns N, D, loss
     python fit_laws.py runs/demo --compare early late --budget 1e14,1e15
+    python fit_laws.py --plan --budget 24hx8xh100x0.4   the paper's own laws; needs no runs
 
 fits  L = E + A/N^alpha + B/D^beta  (N parameters, D tokens, L loss in nats) to each group of
 runs as the paper does (arXiv 2504.07951, App. C), prints its Table 2 with 95 % intervals, and
-writes laws.json, laws.png and laws.svg. E is the loss no model beats; N ~ C^a, D ~ C^b and
-D ~ N^d describe the best models for C FLOPs; L ~ C^c is their frontier.
+writes laws.json, laws.png/.svg and laws_more.png/.svg. E is the loss no model beats; N ~ C^a,
+D ~ C^b and D ~ N^d describe the best models for C FLOPs; L ~ C^c is their frontier.
 """
 
-# Reading order: the fit (one lecture), its uncertainty, compute-optimal models, then tables,
-# printing, figures, main.
-# Dimensions: n rows (runs), T = 3 terms of the law, P = 5 coefficients, K problems solved at
-# once (starts of one fit, resamples of a bootstrap), Q budgets.
+# Reading order: the fit (one lecture), doubts and intervals, other laws on the same runs,
+# compute-optimal models, tables, the numbers of one group, printing, figures, main.
+# Dimensions: n rows (runs), T terms of a law, P coefficients (T intercepts, then slopes), K
+# problems solved at once (starts of one fit, resamples of a bootstrap), Q budgets, M groups.
 
 import argparse
 import csv
@@ -27,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 
-COEFFICIENTS = ("A", "B", "E", "alpha", "beta")  # order of every (.., 5) array; A, B, E as logs
 EXPONENTS = ("E", "alpha", "beta", "a", "b", "c", "d")  # columns of the paper's Table 2
 FAMILY = ("fusion", "moe", "mixture")  # columns that tell one law from another by default
 LEAST_ROWS, MOST_ROWS = 6, 5_000
@@ -42,13 +42,29 @@ class Runs:
     D: np.ndarray  # tokens, all modalities
     L: np.ndarray  # loss, nats
     C: np.ndarray  # training FLOPs
+    active: np.ndarray  # MoE: 1 - sparsity = experts used / experts; 1 without experts
     cluster: np.ndarray  # (n,) labels: rows that the bootstrap draws together
-    vision: tuple | None = None  # late fusion: (rho, p, q), D_v = rho D, N_v = exp(p) N^q
+    vision: tuple | None = None  # late fusion: (rho, p, q), D_v = rho D, N_v = exp(p) N^q (C.2)
     floor: float | None = None  # the true irreducible loss, where the data know it
+    family: str = ""  # groups of one family differ in their mixture only
 
     def rows(self, keep):
         """The same group with the rows of the mask `keep`."""
-        return replace(self, **{k: getattr(self, k)[keep] for k in ("N", "D", "L", "C", "cluster")})
+        arrays = ("N", "D", "L", "C", "active", "cluster")
+        return replace(self, **{k: getattr(self, k)[keep] for k in arrays})
+
+
+@dataclass(frozen=True)
+class Law:
+    """Terms exp(intercept - slope * ln variable - ...), summed."""
+
+    names: tuple  # of the P coefficients: the intercepts (fitted as logs), then the slopes
+    slopes: tuple  # for each slope its (term, variable of Runs)
+
+
+DENSE = Law(("A", "B", "E", "alpha", "beta"), ((0, "N"), (1, "D")))
+SPARSE = Law(("A", "B", "E", "C", "d", "alpha", "beta", "lambda", "delta", "gamma"),  # Table 12
+             ((0, "N"), (1, "D"), (3, "active"), (4, "active"), (4, "N")))
 
 
 @dataclass(frozen=True)
@@ -78,32 +94,38 @@ class Fit:
 
 @dataclass(frozen=True)
 class Problem:
-    """What one fit minimises. theta (.., 5) is centred, coef (.., 5) is the paper's own."""
+    """What one fit minimises. theta (.., P) is centred, coef (.., P) is the paper's own."""
 
     design: np.ndarray  # (T, n, P)
     target: np.ndarray  # (n,) ln L
-    centre: np.ndarray  # (2,) mean ln N, mean ln D
+    shift: np.ndarray  # (P, P) undoes the centring: ln A and alpha would correlate at 0.999
     delta: float
 
     def coef(self, theta):
-        """Undo the centring."""
-        return np.concatenate([theta[..., :2] + theta[..., 3:] * self.centre, theta[..., 2:]], -1)
+        return theta @ self.shift
 
     def theta(self, coef):
-        """Centre: ln A and alpha are otherwise correlated at 0.999."""
-        return np.concatenate([coef[..., :2] - coef[..., 3:] * self.centre, coef[..., 2:]], -1)
+        return coef @ (2 * np.eye(len(self.shift)) - self.shift)
+
+    def rows(self, keep):
+        return replace(self, design=self.design[:, keep], target=self.target[keep])
+
+    def few(self):
+        """Some 120 rows: enough to find and rank starts."""
+        return self.rows(slice(None, None, max(1, len(self.target) // 120)))
 
 
-def pose(runs, delta):
+def pose(runs, delta, law=DENSE):
     """Runs -> Problem."""
-    logs = np.log([runs.N, runs.D])  # (2, n)
-    centre = logs.mean(1)
-    x = logs - centre[:, None]
-    x[np.ptp(x, axis=1) < 0.01] = 0  # a constant column has noise, but no slope
-    design = np.zeros((3, len(runs.N), 5))
-    design[[0, 1, 2], :, [0, 1, 2]] = 1
-    design[[0, 1], :, [3, 4]] = -x
-    return Problem(design, np.log(runs.L), centre, delta)
+    P, T = len(law.names), len(law.names) - len(law.slopes)
+    design, shift = np.zeros((T, len(runs.N), P)), np.eye(P)
+    design[range(T), :, range(T)] = 1
+    for j, (term, variable) in enumerate(law.slopes, T):
+        x = np.log(getattr(runs, variable))
+        shift[j, term] = x.mean()
+        if np.ptp(x) > 0.01:  # a constant column has noise, but no slope
+            design[term, :, j] = x.mean() - x
+    return Problem(design, np.log(runs.L), shift, delta)
 
 
 def residual(problem, theta):
@@ -181,67 +203,79 @@ def paper_starts(problem):
     return problem.theta(np.array(list(product(far, far, e, exponents, exponents)), float))
 
 
-def projected_starts(problem):
-    """Given alpha and beta the law is linear in A, B, E: 12 x 12 least squares, theta (144, 5).
+def projected_starts(problem, *grids):
+    """Given its slopes a law is linear in the rest: least squares on a grid of slopes, (K, P).
 
     Nearly all of these lead to the best optimum; most of the paper's starts do not.
     """
-    grid = np.geomspace(0.05, 2.5, 12)
-    alpha, beta = (g.ravel() for g in np.meshgrid(grid, grid))
-    x, y = problem.design[0, :, 3], problem.design[1, :, 4]  # -ln N, -ln D, centred
-    X = np.stack([alpha[:, None] * x, beta[:, None] * y, np.zeros((144, len(x)))], -1)
-    X = np.exp(X - problem.target[:, None])  # (144, n, 3), relative: X @ (A, B, E) = 1
-    normal = np.einsum("knt,knu->ktu", X, X)
-    normal += 1e-9 * np.trace(normal, axis1=1, axis2=2)[:, None, None] * np.eye(3)
+    problem, T = problem.few(), len(problem.design)
+    slopes = np.array(list(product(*(grids or [np.geomspace(0.05, 2.5, 12)] * 2))))
+    X = slopes @ problem.design[:, :, T:].transpose(0, 2, 1)  # (T, K, n)
+    X = np.exp(X - problem.target).transpose(1, 2, 0)  # (K, n, T), relative: X @ (A, B, E) = 1
+    normal = X.transpose(0, 2, 1) @ X
+    normal += 1e-9 * np.trace(normal, axis1=1, axis2=2)[:, None, None] * np.eye(T)
     linear = np.linalg.solve(normal, X.sum(1)[..., None])[..., 0]
     linear = np.maximum(linear, 1e-3 * np.exp(problem.target.min()))  # ln needs them positive
-    return np.concatenate([np.log(linear), alpha[:, None], beta[:, None]], 1)
+    return np.concatenate([np.log(linear), slopes], 1)
 
 
 def screen(problem, starts, best):
-    """The `best` starts by objective. Some 500 rows are enough to rank them."""
-    thin = slice(None, None, max(1, len(problem.target) // 500))
-    few = replace(problem, design=problem.design[:, thin], target=problem.target[thin])
-    parts = np.array_split(starts, max(1, len(starts) // 256))
+    """The `best` starts by objective."""
+    few, parts = problem.few(), np.array_split(starts, max(1, len(starts) // 256))
     score = [huber(residual(few, part)[1], problem.delta)[0].sum(-1) for part in parts]
     return starts[np.argsort(np.concatenate(score), kind="stable")[:best]]
 
 
-def fit_law(runs, delta=1e-3):
-    """Runs -> Fit: screen 1764 + 144 starts, polish the best 24, keep the lowest (App. C.1)."""
-    problem = pose(runs, delta)
-    grids = paper_starts(problem), projected_starts(problem)
+def solve(problem, *grids):
+    """Screen each grid of starts (K, P), polish its best 12, keep the lowest of all.
+
+    -> theta (P,), F, gradient, (screened, polished, polished ones that reach this F).
+    """
     tried = np.concatenate([screen(problem, grid, 12) for grid in grids])
-    theta, F, slope = newton(problem, tried)
-    k = int(np.argmin(F))
-    reached = int((F <= F[k] * (1 + 1e-9) + 1e-24 * len(runs.N)).sum())
-    starts = (sum(map(len, grids)), len(tried), reached)
-    p, r = residual(problem, theta[k : k + 1])
+    theta, F, _ = newton(problem, tried, steps=24 * tried.shape[1])
+    (theta,), (best,), (slope,) = newton(problem, theta[[F.argmin()]], steps=1000)
+    nothing = 1e-9 * problem.delta**2 * len(problem.target)  # an exact table has F = 0
+    reached = int((F <= best * (1 + 1e-9) + nothing).sum())
+    return theta, float(best), float(slope), (sum(map(len, grids)), len(tried), reached)
+
+
+def fit_law(runs, delta=1e-3):
+    """Runs -> Fit of the law of N and D from 1764 + 144 starts (App. C.1)."""
+    problem = pose(runs, delta)
+    theta, *found = solve(problem, paper_starts(problem), projected_starts(problem))
+    p, r = residual(problem, theta[None])
     condition, blind = conditioning(problem, p[:, 0])
-    fit = Fit(problem.coef(theta[k]), float(F[k]), float(slope[k]), condition, starts, r[0])
+    fit = Fit(problem.coef(theta), *found[:2], condition, found[2], r[0])
     flags, loose = doubts(runs, fit, problem, p[:, 0], blind)
     return replace(fit, flags=flags, loose=loose)
 
 
-# ---------------------------------------------------------------- can the data tell?
+# ---------------------------------------------------------------- doubts and intervals
 
 
 def conditioning(problem, p):
-    """Shares p (T, n) -> scaled condition number of dr/dcoef, (5,) bool: coefficients it hides."""
+    """Shares p (T, n) -> scaled condition number of dr/dcoef, (P,) bool: coefficients it hides."""
     jac = np.einsum("tn,tnp->np", p, problem.design)
-    jac[:, 3:] -= problem.centre * jac[:, :2]  # uncentred, as others report it
+    jac = jac @ (2 * np.eye(len(problem.shift)) - problem.shift).T  # uncentred, as others print it
     norm = np.linalg.norm(jac, axis=0)
     _, s, vt = np.linalg.svd(jac / np.maximum(norm, 1e-300), full_matrices=False)
     hidden = np.abs(vt[s < s[0] * 1e-5]).max(0, initial=0) > 0.05
     return float(s[0] / max(s[-1], s[0] * 1e-17)), hidden | (norm < 1e-12 * norm.max())
 
 
+def standard_errors(problem, p, residuals):
+    """Of theta (P,), by the curvature and the median |residual|: rough, but quick."""
+    jac = np.einsum("tn,tnp->np", p, problem.design)
+    spread = 1.4826 * np.median(np.abs(residuals)) * np.sqrt(np.pi / 2)
+    return spread * np.sqrt(np.diag(np.linalg.pinv(jac.T @ jac, rcond=1e-14)).clip(0))
+
+
 def doubts(runs, fit, problem, p, blind):
     """-> (sentences, names of coefficients that are not identified)."""
-    jac = np.einsum("tn,tnp->np", p, problem.design)
-    spread = 1.4826 * np.median(np.abs(fit.residuals)) * np.sqrt(np.pi / 2)
-    error = spread * np.sqrt(np.diag(np.linalg.pinv(jac.T @ jac, rcond=1e-14)).clip(0))
-    flags, loose = [], {COEFFICIENTS[j] for j in np.flatnonzero(blind)}
+    error = standard_errors(problem, p, fit.residuals)
+    flags, loose = [], {DENSE.names[j] for j in np.flatnonzero(blind)}
+    if fit.gradient > 1e-5:
+        flags.append(f"no minimum: |gradient| / (delta n) = {fit.gradient:.0e}; raise --delta")
     if np.ptp(np.log(runs.D)) < 0.01:
         loose |= {"B", "beta", "E"}
         flags.append("D is the same in all runs: B, beta and E cannot be told apart")
@@ -261,7 +295,7 @@ def doubts(runs, fit, problem, p, blind):
         else:
             continue
         loose |= {name, other}
-    return tuple(flags), tuple(c for c in COEFFICIENTS if c in loose)
+    return tuple(flags), tuple(c for c in DENSE.names if c in loose)
 
 
 def profile(runs, fit, delta):
@@ -272,43 +306,167 @@ def profile(runs, fit, delta):
     """
     problem, size, intervals = pose(runs, delta), np.abs(fit.residuals), {}
     scale = (np.minimum(size, delta) ** 2).mean() / max((size <= delta).mean(), 0.02)
-    factors = np.linspace(-1, 1, 61) ** 3 * np.log(10)  # dense near the fit
-    least = runs.L.min()
-    middles = {"E": np.clip(np.exp(fit.coef[2]), 0.05 * least, 0.99 * least),
-               "alpha": np.clip(fit.coef[3], 0.05, 2), "beta": np.clip(fit.coef[4], 0.05, 2)}
-    for name, middle in middles.items():
-        j, values = COEFFICIENTS.index(name), middle * np.exp(factors)
+    least, factors = runs.L.min(), np.linspace(-1, 1, 61) ** 3 * np.log(10)  # dense near the fit
+    middles = (np.clip(np.exp(fit.coef[2]), 0.05 * least, 0.99 * least),
+               *np.clip(fit.coef[3:], 0.05, 2))
+    for j, middle in enumerate(middles, 2):
+        values = middle * np.exp(factors)
         theta = np.tile(problem.theta(fit.coef), (len(values), 1))
-        theta[:, j] = np.log(values) if name == "E" else values
+        theta[:, j] = np.log(values) if j == 2 else values
         _, F, _ = newton(problem, theta, free=np.arange(5) != j, steps=100)
         inside = np.flatnonzero(F - fit.objective < 1.92 * max(scale, 1e-10))
-        lo, hi = (inside[0], inside[-1]) if len(inside) else (0, len(values) - 1)
-        intervals[name] = (float(values[lo]) if lo > 0 else None,
-                           float(values[hi]) if hi < len(values) - 1 else None)
+        lo, hi = (inside[0], inside[-1]) if len(inside) else (0, 60)
+        intervals[DENSE.names[j]] = (float(values[lo]) if lo > 0 else None,
+                                     float(values[hi]) if hi < 60 else None)
     return intervals
 
 
-def bootstrap(runs, fit, count, seed, delta=1e-3):
-    """Refit `count` resamples of runs (or clusters) -> coef (count, 5), weights (count, n).
+def draw_weights(cluster, count, seed):
+    """Draw as many clusters as there are, with replacement: how often each row, (count, n)."""
+    labels, member = np.unique(cluster, return_inverse=True)
+    chance = np.full(len(labels), 1 / len(labels))
+    drawn = np.random.default_rng(seed).multinomial(len(labels), chance, size=count)
+    return drawn[:, member].astype(float)
+
+
+def resample(problem, starts, weight):
+    """Refit under each row of weight (K, n) from every start (S, P), keep the best: (K, P)."""
+    S, found, steps = len(starts), [starts[:0]], 4 * starts.shape[1] ** 2
+    chunk = max(1, 8192 // (len(problem.target) * S))  # fits the cache
+    for w in (weight[i : i + chunk] for i in range(0, len(weight), chunk)):
+        many = np.tile(starts, (len(w), 1))  # (len(w) * S, P)
+        theta, F, _ = newton(problem, many, np.repeat(w, S, axis=0), steps=steps)
+        found.append(theta[F.reshape(len(w), S).argmin(1) + S * np.arange(len(w))])
+    return np.concatenate(found)
+
+
+def bootstrap(runs, fit, weight, delta=1e-3):
+    """Refit the resamples weight (K, n) of runs or clusters -> coef (K, 5).
 
     Newton starts at the full fit. Under 40 rows a resample can have another best optimum, so
     three more starts join in.
     """
-    labels, member = np.unique(runs.cluster, return_inverse=True)
-    rng, chance = np.random.default_rng(seed), np.full(len(labels), 1 / len(labels))
-    weight = rng.multinomial(len(labels), chance, size=count)[:, member].astype(float)
     problem = pose(runs, delta)
     starts = problem.theta(fit.coef)[None]
     if len(runs.N) < 40:
         starts = np.concatenate([starts, screen(problem, projected_starts(problem), 3)])
-    S, draws = len(starts), [starts[:0]]
-    chunk = max(1, 8192 // (len(runs.N) * S))  # fits the cache
-    for w in (weight[i : i + chunk] for i in range(0, count, chunk)):
-        many = np.tile(starts, (len(w), 1))  # (len(w) * S, P)
-        theta, F, _ = newton(problem, many, np.repeat(w, S, axis=0), steps=100)
-        best = F.reshape(len(w), S).argmin(1) + S * np.arange(len(w))
-        draws.append(theta[best])
-    return problem.coef(np.concatenate(draws)), weight
+    return problem.coef(resample(problem, starts, weight))
+
+
+def interval(samples):
+    """(K,) bootstrap values -> [2.5 %, 97.5 %] of the finite ones; None where half are not."""
+    x = samples[np.isfinite(samples)]
+    return np.percentile(x, [2.5, 97.5]).tolist() if 2 * len(x) > len(samples) else None
+
+
+# ---------------------------------------------------------------- other laws, same runs
+
+
+def tie(problem, index, member):
+    """Share coefficients: p of group m (rows member == m) becomes column index[m, p].
+
+    -> Problem, its starts: the projected ones of every group, averaged where they share.
+    """
+    T, n, P = problem.design.shape
+    design = np.zeros((T, n, index.max() + 1))
+    for p in range(P):
+        design[:, np.arange(n), index[member, p]] += problem.design[:, :, p]
+    own = [projected_starts(problem.rows(member == m)) for m in range(len(index))]
+    pick = np.zeros((index.size, index.max() + 1))
+    pick[np.arange(index.size), index.ravel()] = 1
+    starts = np.stack(own, 1).reshape(len(own[0]), -1) @ (pick / pick.sum(0))  # (144, M * 5) @
+    return replace(problem, design=design), starts
+
+
+def without_sizes(N):
+    """(K, n) of 0 and 1: each row leaves out one size, or a twelfth of more than 12 sizes."""
+    sizes = np.unique(N)
+    return np.array([~np.isin(N, out) for out in np.array_split(sizes, min(12, len(sizes)))], float)
+
+
+def judge(problem, starts, N):
+    """Fit `problem` and weigh it against rivals on the same rows: its record, theta (P,).
+
+    AIC is that of Laplace errors, to which Huber at 1e-3 comes near: 2 n ln(mean |r|) + 2 P.
+    left_out_pct: the mean error of each size as predicted from the other sizes.
+    """
+    theta, F, *_ = solve(problem, starts)
+    weight = without_sizes(N)
+    others = newton(problem, np.tile(theta, (len(weight), 1)), weight, steps=100)[0]
+    missed = np.abs(residual(problem, others)[1])[weight == 0]
+    size = max(np.abs(residual(problem, theta[None])[1]).mean(), 1e-15)
+    return {"coefficients": len(theta), "objective": F, "left_out_pct": float(100 * missed.mean()),
+            "aic": float(2 * len(N) * np.log(size) + 2 * len(theta))}, theta
+
+
+def coefficients(law, coef, draws):
+    """{name: value, "ci": {name: interval}} of coef (P,) and its resamples (K, P)."""
+    logs = len(law.names) - len(law.slopes)
+    one, many = (np.concatenate([np.exp(x[..., :logs]), x[..., logs:]], -1) for x in (coef, draws))
+    return dict(zip(law.names, map(float, one))) | {
+        "ci": {k: interval(many[:, j]) for j, k in enumerate(law.names)}}
+
+
+def tied_law(runs, delta):
+    """alpha = beta against both free: {"free": record, "tied": record with its E and exponent}."""
+    problem, one = pose(runs, delta), np.zeros(len(runs.N), int)
+    free, _ = judge(problem, projected_starts(problem), runs.N)
+    tied, theta = judge(*tie(problem, np.array([[0, 1, 2, 3, 3]]), one), runs.N)
+    tied |= {"E": float(np.exp(theta[2])), "exponent": float(theta[3])}
+    return {"free": free, "tied": tied}
+
+
+def joint_law(groups, args):
+    """Groups with their own A, B, E and one alpha and beta (Table 3), against separate laws."""
+    arrays = {k: np.concatenate([getattr(r, k) for r in groups]) for k in ("N", "D", "L", "C")}
+    M, member = len(groups), np.repeat(np.arange(len(groups)), [len(r.N) for r in groups])
+    cluster = np.array([f"{m} {c}" for m, r in enumerate(groups) for c in r.cluster])
+    problem = pose(Runs("joint", **arrays, active=arrays["N"], cluster=cluster), args.delta)
+    shared = np.c_[np.arange(3 * M).reshape(M, 3), np.tile([3 * M, 3 * M + 1], (M, 1))]
+    tied, starts = tie(problem, shared, member)
+    record, theta = judge(tied, starts, arrays["N"])
+    apart = tie(problem, np.arange(5 * M).reshape(M, 5), member)
+    rivals = {"joint": record, "separate": judge(*apart, arrays["N"])[0]}
+    draws = resample(tied, theta[None], draw_weights(cluster, args.bootstrap, 0))
+    laws = [coefficients(DENSE, problem.coef(theta[i]), problem.coef(draws[:, i])) for i in shared]
+    return {"groups": {r.name: law for r, law in zip(groups, laws)}, "rivals": rivals}
+
+
+def sparse_law(runs, weight, delta):
+    """L(N, D, S) of Table 12 against a law without S and one for each S; None under three S."""
+    levels, member = np.unique(runs.active.round(6), return_inverse=True)
+    if len(levels) < 3:
+        return None
+    problem, plain = pose(runs, delta, SPARSE), pose(runs, delta)
+    grids = [(-0.4, -0.1, 0.1, 0.4) if v == "active" else np.geomspace(0.1, 1.2, 4)
+             for _, v in SPARSE.slopes]
+    record, theta = judge(problem, projected_starts(problem, *grids), runs.N)
+    rivals = {"with S": record, "without": judge(plain, projected_starts(plain), runs.N)[0]}
+    if np.bincount(member).min() >= LEAST_ROWS:
+        apart = np.arange(5 * len(levels)).reshape(-1, 5)
+        rivals["separate"] = judge(*tie(plain, apart, member), runs.N)[0]
+    p, r = residual(problem, theta[None])
+    condition, blind = conditioning(problem, p[:, 0])
+    size = np.r_[np.ones(5), np.abs(theta[5:])]  # half of a slope, or 0.5 in a logarithm
+    blind |= standard_errors(problem, p[:, 0], r[0]) > 0.5 * size
+    draws = problem.coef(resample(problem, theta[None], weight[:200]))  # each takes long
+    return coefficients(SPARSE, problem.coef(theta), draws) | {
+        "sparsities": (1 - levels[::-1]).tolist(), "rivals": rivals, "condition": condition,
+        "not_identified": [SPARSE.names[j] for j in np.flatnonzero(blind)]}
+
+
+def sensitivity(runs, fit, delta):
+    """How far the law moves: {change: {name: [lowest, highest]}} over deltas, sizes, worst rows."""
+    problem, worst = pose(runs, delta), np.ones((1, len(runs.N)))
+    worst[0, np.argsort(np.abs(fit.residuals))[-max(1, len(runs.N) // 50):]] = 0
+    theta, sizes = problem.theta(fit.coef)[None], without_sizes(runs.N)
+    found = {f"delta {d:g}": newton(replace(problem, delta=d), theta)[0]
+             for d in (delta / 10, delta * 10)}
+    found["one size left out"] = newton(problem, theta.repeat(len(sizes), 0), sizes)[0]
+    found[f"worst {int((worst == 0).sum())} left out"] = newton(problem, theta, worst)[0]
+    law = {change: derive(problem.coef(many)) for change, many in found.items()}
+    return {change: {k: [float(v[k].min()), float(v[k].max())] for k in ("E", "alpha", "beta", "a")}
+            for change, v in law.items()}
 
 
 # ---------------------------------------------------------------- compute-optimal models
@@ -318,12 +476,6 @@ def predict(coef, N, D):
     """Loss of coefficients (.., 5) at N and D (broadcast against coef[..., 0])."""
     a, b, e, alpha, beta = np.moveaxis(coef, -1, 0)
     return np.exp(e) + np.exp(a - alpha * np.log(N)) + np.exp(b - beta * np.log(D))
-
-
-def vision_line(N, D, Nv, Dv):
-    """(rho, p, q): late fusion's D_v = rho D and the fitted line ln N_v = p + q ln N (C.2)."""
-    q, p = np.polyfit(np.log(N), np.log(Nv), 1)
-    return float(np.median(Dv / D)), float(p), float(q)
 
 
 def encoder(N, vision):
@@ -362,66 +514,113 @@ def optimum(coef, C, vision=None):
         return N, D, predict(coef[:, None], N, D)
 
 
-def slope(x, y):
-    """Least-squares slope of y on x along the last axis."""
-    x = x - x.mean(-1, keepdims=True)
-    return (x * y).sum(-1) / (x * x).sum(-1)
+def line(x, y):
+    """Least squares y = intercept + slope x along the last axis, pairs with a NaN left out."""
+    use = np.isfinite(x + y)
+    x, y, n = np.where(use, x, 0), np.where(use, y, 0), use.sum(-1)
+    with np.errstate(all="ignore"):  # no pairs: NaN
+        mean_x, mean_y = x.sum(-1) / n, y.sum(-1) / n
+        u = np.where(use, x - mean_x[..., None], 0)
+        slope = (u * y).sum(-1) / (u * u).sum(-1)
+        return slope, mean_y - slope * mean_x
 
 
-def regression(coef, runs, total=False):
-    """a, b, d as App. C.2: best N and D at 16 budgets in the runs' range, logs on logs.
+def exponents(suffix, lnC, lnN, lnD, lnL):
+    """Lines through optima (.., Q): N ~ C^a, D = D0 C^b, L = K C^c, D ~ N^d -> {a_suffix: (..)}."""
+    (a, _), (b, lnD0), (c, lnK) = (line(lnC, y) for y in (lnN, lnD, lnL))
+    found = {"a": a, "b": b, "c": c, "d": line(lnN, lnD)[0], "D0": np.exp(lnD0), "K": np.exp(lnK)}
+    return {f"{k}_{suffix}": v for k, v in found.items()}
 
-    `total` counts N + N_v, as the paper's late row does (PAPER: a + b is then not 1).
+
+def derive(coef, runs=None):
+    """coef (K, 5) -> {name: (K,)}: the law, a, b, d by the closed form (C = 6 N D).
+
+    With runs also by App. C.2: regression of the best N, D at 16 budgets in their range of C.
+    Late fusion has a second one for N + N_v, the paper's late row: there a + b is not 1.
     """
-    C = np.geomspace(runs.C.min(), runs.C.max() * (1 + 1e-9), 16)
-    N, D, _ = optimum(coef, C, runs.vision)
-    lnN, lnD = np.log(N + encoder(N, runs.vision) if total else N), np.log(D)
-    lnC = np.log(C)[None]
-    return {"a": slope(lnC, lnN), "b": slope(lnC, lnD), "d": slope(lnN, lnD)}
-
-
-def derive(coef, runs):
-    """coef (K, 5) -> {name: (K,)}: the law, closed form (C = 6 N D), regressions (App. C.2)."""
     alpha, beta = coef[:, 3], coef[:, 4]
     with np.errstate(all="ignore"):
         values = dict(zip("ABE", np.exp(coef[:, :3].T)), alpha=alpha, beta=beta)
         values |= {"a": beta / (alpha + beta), "b": alpha / (alpha + beta), "d": alpha / beta}
-        for suffix in ("regression", "total")[: 2 if runs.vision else 1]:
-            found = regression(coef, runs, suffix == "total")
-            values |= {f"{k}_{suffix}": found[k] for k in "abd"}
+    if runs is None:
+        return values
+    C = np.geomspace(runs.C.min(), runs.C.max() * (1 + 1e-9), 16)
+    N, D, loss = optimum(coef, C, runs.vision)
+    sums = {"regression": N} | ({"total": N + encoder(N, runs.vision)} if runs.vision else {})
+    for suffix, n in sums.items():
+        values |= exponents(suffix, np.log(C)[None], np.log(n), np.log(D), np.log(loss))
     return values
 
 
 def hull(C, L):
-    """Lower convex hull of the best runs, (h, 2) ln C and ln L from left to right (C.3).
+    """Rows on the falling lower convex hull of ln L against ln C, from left to right (C.3).
 
     Interpolating the runs of each size first, as the paper does, adds only inner points.
     """
-    order = np.lexsort((L, C))
+    order, kept = np.lexsort((L, C)), []
     x, y = np.log(C[order]), np.log(L[order])
-    record = np.r_[True, y[1:] < np.minimum.accumulate(y)[:-1]]
-    points = []
-    for q in zip(x[record], y[record]):
-        while points and points[-1][0] == q[0]:
-            points.pop()
-        while len(points) > 1:
-            (ox, oy), (px, py) = points[-2:]
-            if (px - ox) * (q[1] - oy) > (py - oy) * (q[0] - ox):
+    for q in range(len(x)):
+        while len(kept) > 1:
+            o, p = kept[-2:]
+            if (x[p] - x[o]) * (y[q] - y[o]) > (y[p] - y[o]) * (x[q] - x[o]):
                 break  # bends to the left: convex
-            points.pop()
-        points.append(q)
-    return np.array(points)
+            kept.pop()
+        kept.append(q)
+    return order[kept[: np.argmin(y[kept]) + 1]]
 
 
-def envelope(runs, cut, keep=slice(None)):
-    """L = K C^c along the hull from `cut` FLOPs on: -> c with C sampled linearly (the paper),
-    c with C in equal ratios; the range decides c, so both. NaN with fewer than two points."""
-    points = hull(runs.C[keep], runs.L[keep])
-    first, last = max(np.log(cut), points[0, 0]), points[-1, 0]
-    if last <= first + 1e-9:
-        return np.nan, np.nan
-    lnC = np.log(np.linspace(np.exp(first), np.exp(last), 200)), np.linspace(first, last, 200)
-    return tuple(slope(x, np.interp(x, *points.T)) for x in lnC)
+def envelope(runs, cut, weight):
+    """Approach 1: straight lines along the hull of each resample (K, n), from `cut` FLOPs on.
+
+    c is L = K C^c with C sampled linearly (the paper), c_log_spaced with C in equal ratios: the
+    range and the spacing decide c. a, b from the N and D of the hull. NaN under two points.
+    """
+    table = np.log([runs.C, runs.N, runs.D, runs.L])  # (4, n)
+    found = np.full((len(weight), 2, 4, 200), np.nan)  # resample, spacing, quantity, sample
+    for k, drawn in enumerate(weight > 0):
+        x, *rest = table[:, drawn][:, hull(runs.C[drawn], runs.L[drawn])]
+        first = max(np.log(cut), x[0])
+        if x[-1] <= first + 1e-9:
+            continue
+        for i, lnC in enumerate((np.log(np.linspace(np.exp(first), np.exp(x[-1]), 200)),
+                                 np.linspace(first, x[-1], 200))):
+            found[k, i] = [lnC, *(np.interp(lnC, x, y) for y in rest)]
+    even, log = (exponents("envelope", *found[:, i].transpose(1, 0, 2)) for i in (0, 1))
+    return {"c": even["c_envelope"], "K": even["K_envelope"], "c_log_spaced": log["c_envelope"],
+            **{k: log[k] for k in ("a_envelope", "b_envelope", "d_envelope")}}
+
+
+def isoflop_budgets(runs):
+    """Rows that share a budget, a list of index arrays: equal C within 2 %, five sizes or more.
+
+    Three such budgets that hold half of the rows, or none: an ordinary grid has no slices.
+    """
+    order = np.argsort(runs.C, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(np.log(runs.C[order])) > 0.01) + 1)
+    good = [p for p in parts if runs.C[p[-1]] < 1.02 * runs.C[p[0]] and len({*runs.N[p]}) >= 5]
+    return good if len(good) >= 3 and 2 * sum(map(len, good)) >= len(order) else []
+
+
+def isoflop(runs, budgets, weight):
+    """Approach 2: at each budget a parabola of L on ln N and on ln D, for resamples (K, n).
+
+    -> (4, K, Q) of ln C, ln N, ln D, ln L at the minima; NaN where a parabola does not open
+    upwards or its minimum lies outside the runs.
+    """
+    best = np.full((4, len(weight), len(budgets)), np.nan)
+    for q, rows in enumerate(budgets):
+        best[0, :, q] = np.log(np.median(runs.C[rows]))
+        for i, x in enumerate((np.log(runs.N[rows]), np.log(runs.D[rows])), 1):
+            u = x - x.mean()
+            X, w = np.stack([np.ones_like(u), u, u * u], 1), weight[:, rows]  # (m, 3), (K, m)
+            normal = np.einsum("km,mi,mj->kij", w, X, X) + 1e-12 * np.eye(3)
+            p = np.linalg.solve(normal, (w @ (X * runs.L[rows, None]))[..., None])[..., 0]
+            with np.errstate(all="ignore"):
+                at = -p[:, 1] / (2 * p[:, 2])
+                good = (p[:, 2] > 0) & (at > u.min()) & (at < u.max())
+                best[i, :, q] = np.where(good, at + x.mean(), np.nan)
+                best[3, :, q] = np.where(good, np.log(p[:, 0] + at * p[:, 1] / 2), np.nan)
+    return best
 
 
 # ---------------------------------------------------------------- reading tables
@@ -434,50 +633,37 @@ ALIASES = {
 }
 
 
-def read_table(path):
-    """Run folder, .jsonl, .csv, .tsv or .parquet -> ({column: list}, number of broken lines)."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "results.jsonl"
-    if not path.is_file():
-        raise SystemExit(f"{path}: no such file; give a table, or a folder that train.py wrote")
+def read_rows(path):
+    """Run folder, .jsonl, .csv, .tsv or .parquet -> rows as dicts; None for a broken line."""
+    path = Path(path) / "results.jsonl" if Path(path).is_dir() else Path(path)
     kind = path.suffix.lower()
-    if kind == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise SystemExit(f"{path}: parquet needs one more package: pip install pyarrow")
-        return parquet.read_table(path).to_pydict(), 0
-    if kind not in (".jsonl", ".csv", ".tsv"):
-        raise SystemExit(f"{path}: give a run folder, .jsonl, .csv, .tsv or .parquet")
+    if not path.is_file() or kind not in (".jsonl", ".csv", ".tsv", ".parquet"):
+        raise SystemExit(f"{path}: no such table (run folder, .jsonl, .csv, .tsv or .parquet)")
     try:
+        if kind == ".parquet":
+            from pyarrow import parquet
+
+            return parquet.read_table(path).to_pylist()
         with open(path, encoding="utf-8-sig", newline="") as file:
-            return read_jsonl(file) if kind == ".jsonl" else read_csv(file)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise SystemExit(f"{path}: not a UTF-8 {kind} table: {error}")
+            lines = list(filter(str.strip, file))
+        if kind == ".jsonl":
+            return [json_row(line) for line in lines]
+        comma = max(",;\t", key=lines[0].count) if lines else ","
+        names = [name.strip() for line in csv.reader(lines[:1], delimiter=comma) for name in line]
+        rows = csv.DictReader(lines[1:], names, delimiter=comma)
+        return [None if None in row or None in row.values() else row for row in rows]
+    except ImportError:
+        raise SystemExit(f"{path}: parquet needs one more package: pip install pyarrow")
+    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise SystemExit(f"{path}: not a UTF-8 {kind} table: {str(error).splitlines()[0]}")
 
 
-def read_jsonl(file):
-    """One object a line. A run that was killed may leave half a line."""
-    rows, broken = [], 0
-    for line in filter(str.strip, file):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            broken += 1
-    names = dict.fromkeys(k for row in rows for k in row)
-    return {k: [row.get(k) for row in rows] for k in names}, broken
-
-
-def read_csv(file):
-    """Header, then rows of as many cells, separated by comma, semicolon or tab."""
-    head = file.readline()
-    comma = max(",;\t", key=head.count)
-    names = [name.strip() for name in next(csv.reader([head], delimiter=comma), [])]
-    rows = [row for row in csv.reader(file, delimiter=comma) if row]
-    whole = [row for row in rows if len(row) == len(names)]
-    cells = zip(*whole) if whole else ([] for _ in names)
-    return {k: list(v) for k, v in zip(names, cells)}, len(rows) - len(whole)
+def json_row(line):
+    """One object; None for the half line that a killed run may leave."""
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return None
 
 
 def number(cell):
@@ -518,112 +704,108 @@ def where(columns, rule):
     if not match:
         raise SystemExit(f"rule {rule!r}: write COLUMN=VALUE, or != < <= > >= for =")
     name, sign, value = match.groups()
-    cells, limit = column(columns, name), number(value)
-    if np.isnan(limit):
-        if sign in ("<", "<=", ">", ">="):
-            raise SystemExit(f"rule {rule!r}: {value!r} is not a number")
-        cells, limit = np.array([str(c) for c in cells]), value
-    else:
-        cells = np.array([number(c) for c in cells])
+    limit, read = (value, str) if np.isnan(number(value)) else (number(value), number)
+    if read is str and sign in ("<", "<=", ">", ">="):
+        raise SystemExit(f"rule {rule!r}: {value!r} is not a number")
+    cells = np.array([read(c) for c in column(columns, name)])
     tests = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal}
     return (tests | {"!=": np.not_equal}).get(sign, np.equal)(cells, limit)
 
 
-class Table:
-    """Rows of all input files, {column: (n,) object array}, and a note on each row left out."""
-
-    def __init__(self, paths):
-        parts = [read_table(p) for p in paths]
-        sizes = [max(map(len, columns.values()), default=0) for columns, _ in parts]
-        self.columns = {k: np.empty(sum(sizes), object) for columns, _ in parts for k in columns}
-        for k, cells in self.columns.items():
-            cells[:] = [c for (t, _), n in zip(parts, sizes) for c in t.get(k, [None] * n)]
-        self.notes = [f"{sum(sizes)} rows read from {', '.join(map(str, paths))}"]
-        broken = sum(b for _, b in parts)
-        self.notes += [f"{broken} broken lines left out"] if broken else []
-        if not sum(sizes):
-            raise SystemExit(f"{paths[0]}: no rows in it")
-
-    def keep(self, mask, why):
-        """Leave out the rows where mask is False, and say so."""
-        if not mask.all():
-            self.notes.append(f"{int((~mask).sum())} rows left out: {why}")
-            self.columns = {k: v[mask] for k, v in self.columns.items()}
-
-
 def load(args):
-    """Command line -> Table of usable rows (N and D are float columns), (n,) group names."""
-    table = Table(args.path)
+    """Command line -> {column: (n,) objects} of usable rows, notes on the others, group columns."""
+    parts = [read_rows(path) for path in args.path]
+    rows = [row for part in parts for row in part if row]
+    notes, broken = [f"{len(rows)} rows read from {', '.join(args.path)}"], sum(map(len, parts))
+    if broken > len(rows):
+        notes.append(f"{broken - len(rows)} broken lines left out")
+    if not rows:
+        raise SystemExit(f"{args.path[0]}: no rows in it")
+    columns = {k: np.fromiter((row.get(k) for row in rows), object, len(rows))
+               for k in dict.fromkeys(k for row in rows for k in row)}
+
+    def keep(mask, why):
+        if not mask.all():
+            notes.append(f"{(~mask).sum()} rows left out: {why}")
+            columns.update({k: v[mask] for k, v in columns.items()})
+
     for rule in args.where:
-        table.keep(where(table.columns, rule), f"not {rule}")
-    status = column(table.columns, "status", False)
-    if status is not None:
-        status = np.array([str(s or "ok") for s in status])
-        table.keep(status == "ok", "status is " + ", ".join(sorted({*status} - {"ok"})))
-    cells = [repr(row) for row in zip(*table.columns.values())]
-    first = {cell: i for i, cell in reversed(list(enumerate(cells)))}
-    table.keep(np.isin(np.arange(len(cells)), list(first.values())), "exact copies of another row")
-    C = column(table.columns, "C", False)
-    if column(table.columns, "D", False) is None and C is not None:
-        table.columns["D"] = usable(C) / (6 * usable(column(table.columns, "N")))
-        table.notes.append("no column of tokens: D = C / (6 N)")
+        keep(where(columns, rule), f"not {rule}")
+    if "status" in columns:
+        status = np.array([str(s or "ok") for s in columns["status"]])
+        keep(status == "ok", "status is " + ", ".join(sorted({*status} - {"ok"})))
+    cells, seen = [repr(row) for row in zip(*columns.values())], set()
+    keep(np.array([not (c in seen or seen.add(c)) for c in cells]), "exact copies of another row")
+    C = column(columns, "C", False)
+    if column(columns, "D", False) is None and C is not None:
+        columns["D"] = usable(C) / (6 * usable(column(columns, "N")))
+        notes.append("no column of tokens: D = C / (6 N)")
     for name in ("N", "D"):
-        table.columns[name] = usable(column(table.columns, name))
-        table.keep(np.isfinite(table.columns[name]), f"{name} is not a positive number")
-    by = [g for g in args.group_by.split(",") if g] if args.group_by is not None else \
-        [f for f in FAMILY if f in table.columns
-         and (f != "mixture" or len(set(map(str, table.columns[f]))) > 1)]
-    keys = zip(*([str(v) for v in column(table.columns, name)] for name in by))
-    names = [" ".join(v for v in key if v != "none") or "all" for key in keys] if by else []
-    return table, np.array(names or ["all"] * len(table.columns["N"]))
+        columns[name] = usable(column(columns, name))
+        keep(np.isfinite(columns[name]), f"{name} is not a positive number")
+    by = args.group_by.split(",") if args.group_by is not None else \
+        [f for f in FAMILY if f in columns and (f != "mixture" or len({*map(str, columns[f])}) > 1)]
+    return columns, notes, [name for name in by if name]
 
 
-def make_runs(table, chosen, name, loss, args):
+def labels(columns, by):
+    """(n,) names of groups: the values of the columns `by`, without "none"; "all" if empty."""
+    keys = zip(*([str(v) for v in column(columns, name)] for name in by))
+    names = [" ".join(v for v in key if v != "none") or "all" for key in keys]
+    return np.array(names or ["all"] * len(columns["N"]))
+
+
+def make_runs(columns, notes, chosen, name, loss, args):
     """Rows `chosen` (mask) with loss column `loss` -> Runs, their row numbers; adds notes."""
-    notes, columns = table.notes, table.columns
-    values = usable(column(columns, loss))
+    cells, note = column(columns, loss), lambda text: notes.append(f"{name}: {text}")
+    values = usable(cells)
     rows, bad = np.flatnonzero(chosen & np.isfinite(values)), chosen & ~np.isfinite(values)
     if bad.any():
-        notes.append(f"{name}: {bad.sum()} rows left out: {loss} is not a positive number "
-                     f"(the first is {column(columns, loss)[bad][0]!r})")
-    rows = repeated(rows, columns, values, name, args, notes)
-    if len(rows) > MOST_ROWS:
-        notes.append(f"{name}: {len(rows)} rows, fitted on a random {MOST_ROWS} of them")
-        rows = np.sort(np.random.default_rng(args.seed).choice(rows, MOST_ROWS, replace=False))
+        note(f"{bad.sum()} rows left out: {loss} is not a positive number "
+             f"(the first is {cells[bad][0]!r})")
     for other in ("n_experts", "top_k", "image_size", "patch_size", "context"):
         kinds = sorted({str(v) for v in columns[other][rows]}) if other in columns else []
         if len(kinds) > 1 and other not in (args.group_by or ""):
-            notes.append(f"{name}: one law for {other} {', '.join(kinds)}; --group-by parts them")
+            note(f"one law for {other} {', '.join(kinds)}; --group-by parts them")
     N, D = columns["N"][rows].astype(float), columns["D"][rows].astype(float)
     check_size(name, N)
-    vision, C = accounting(columns, rows, N, D, name, notes)
+    for unit, x in (("N", N), ("D", D)):
+        if not 1e3 <= np.median(x) <= 1e16:
+            note(f"{unit} is about {np.median(x):.0e}, not single parameters or tokens? E, alpha, "
+                 "beta stand; A, B, C and budgets are in these units")
+    vision, C, active = accounting(columns, rows, N, D, note)
     cluster = column(columns, args.cluster)[rows].astype(str) if args.cluster else rows
     if len(set(cluster)) < 2:
         raise SystemExit(f"{name}: --cluster {args.cluster} puts all rows into one cluster")
-    floor = usable(columns.get(loss.replace("loss", "floor", 1), np.array([None] * len(values))))
-    known = floor[rows][np.isfinite(floor[rows])]
-    known = float(known.mean()) if len(known) and loss.startswith("loss") else None
-    return Runs(name, N, D, values[rows], C, cluster, vision, known), rows
+    floor = usable(columns.get(loss.replace("loss", "floor", 1), np.full(len(values), None)))[rows]
+    floor = float(np.nanmean(floor)) if np.isfinite(floor).any() else None
+    runs = Runs(name, N, D, values[rows], C, active, cluster, vision, floor)
+    keep = repeated(runs, args.best_per_cell, note)
+    if len(keep) > MOST_ROWS:
+        note(f"{len(keep)} rows, fitted on a random {MOST_ROWS} of them")
+        keep = np.sort(np.random.default_rng(0).choice(keep, MOST_ROWS, replace=False))
+    return runs.rows(keep), rows[keep]
 
 
-def repeated(rows, columns, values, name, args, notes):
-    """Runs of one (N, D): keep all and tell their spread, or the best with --best-per-cell."""
-    if not len(rows):
-        return rows
-    pairs = np.array([columns["N"][rows], columns["D"][rows]], float)
-    cells = np.unique(pairs, axis=1, return_inverse=True)[1].ravel()
-    repeats = len(rows) - cells.max() - 1
-    if repeats and args.best_per_cell:
-        order = np.lexsort((values[rows], cells))
-        notes.append(f"{name}: {repeats} rows left out: another run of that (N, D) is better")
-        return np.sort(rows[order[np.r_[True, np.diff(cells[order]) > 0]]])
+def seed_noise(runs):
+    """Equal N, D and S are seeds: cell of each row (n,), number of repeats, their sd of ln L."""
+    same, y = np.array([runs.N, runs.D, runs.active]), np.log(runs.L)
+    cells = np.unique(same, axis=1, return_inverse=True)[1].ravel()
+    repeats, mean = len(y) - cells.max() - 1, np.bincount(cells, y) / np.bincount(cells)
+    return cells, repeats, np.sqrt(((y - mean[cells]) ** 2).sum() / max(repeats, 1))
+
+
+def repeated(runs, best, note):
+    """Row numbers: all, telling the spread of repeated runs, or the best run of each cell."""
+    cells, repeats, spread = seed_noise(runs)
+    if repeats and best:
+        order = np.lexsort((runs.L, cells))
+        note(f"{repeats} rows left out: another run of that (N, D) is better")
+        return np.sort(order[np.r_[True, np.diff(cells[order]) > 0]])
     if repeats:
-        y = np.log(values[rows])
-        mean = np.bincount(cells, y) / np.bincount(cells)
-        spread = np.sqrt(((y - mean[cells]) ** 2).sum() / repeats)
-        notes.append(f"{name}: {repeats} rows repeat the (N, D) of another; all kept, ln L differs "
-                     f"by {spread:.4f} (seeds); with several learning rates use --best-per-cell")
-    return rows
+        note(f"{repeats} rows repeat the (N, D) of another; all kept, ln L differs by "
+             f"{spread:.4f} (seeds); with several learning rates use --best-per-cell")
+    return np.arange(len(cells))
 
 
 def check_size(name, N):
@@ -635,25 +817,32 @@ def check_size(name, N):
         raise SystemExit(f"{name}: all rows have N = {N[0]:.4g}; run at least two sizes")
 
 
-def accounting(columns, rows, N, D, name, notes):
-    """-> (vision line or None, FLOPs (n,)): the column C where it is sound, else the paper's."""
-    vision, C, rule = None, 6 * N * D, "6 N D"
-    Nv, Dv = (usable(columns[k])[rows] if k in columns else np.array([np.nan])
-              for k in ("N_vision", "D_vision"))
-    if np.isfinite(Nv).all() and np.isfinite(Dv).all():
-        vision, C, rule = vision_line(N, D, Nv, Dv), 6 * (Nv * Dv + N * D), "6 (N_v D_v + N D)"
+def accounting(columns, rows, N, D, note):
+    """-> late fusion's vision line or None, FLOPs (n,), active share of experts (n,).
+
+    FLOPs are the column C where it is sound, else the paper's.
+    """
+    def cells(name):
+        return usable(columns[name])[rows] if name in columns else np.full(len(rows), np.nan)
+
+    sparsity = 1 - np.array([number(c) for c in columns.get("sparsity", [])])
+    active = sparsity[rows] if len(sparsity) else cells("top_k") / cells("n_experts")
+    active = active if (active > 0).all() else np.ones(len(rows))
+    vision, C, rule, Nv, Dv = None, 6 * N * D, "6 N D", cells("N_vision"), cells("D_vision")
+    if np.isfinite(Nv * Dv).all():
+        q, p = np.polyfit(np.log(N), np.log(Nv), 1)
+        vision = float(np.median(Dv / D)), float(p), float(q)
+        C, rule = 6 * (Nv * Dv + N * D), "6 (N_v D_v + N D)"
     given = column(columns, "C", False)
     if given is None:
-        return vision, C
+        return vision, C, active
     given = usable(given)[rows]
     bad, off = int((~np.isfinite(given)).sum()), np.abs(given / C - 1)
     if bad:
-        notes.append(f"{name}: C is not a positive number in {bad} rows; C = {rule} in all")
-        return vision, C
-    if off.max() > 0.05:
-        notes.append(f"{name}: the column C differs from {rule} by up to {off.max():.0%}; figures "
-                     "and c use the column")
-    return vision, given
+        note(f"C is not a positive number in {bad} rows; C = {rule} in all")
+    elif off.max() > 0.05:
+        note(f"column C differs from {rule} by up to {off.max():.0%}; figures and c use the column")
+    return vision, C if bad else given, active
 
 
 # ---------------------------------------------------------------- all numbers of one group
@@ -664,11 +853,10 @@ class Study:
     """Everything known about one group."""
 
     runs: Runs
-    held: Runs | None  # rows kept out of the fit
     fit: Fit
     draws: np.ndarray  # (K, 5) bootstrap refits, as Fit.coef
-    values: dict  # name -> number
     samples: dict  # name -> (K,) bootstrap values of it
+    record: dict  # all numbers, as in laws.json
 
 
 def quality(coef, runs):
@@ -684,21 +872,33 @@ def quality(coef, runs):
 def study(runs, held, args, stream):
     """Fit, bootstrap, and what follows from them -> Study. `stream` makes groups independent."""
     fit = fit_law(runs, args.delta)
-    draws, weight = bootstrap(runs, fit, args.bootstrap, [args.seed, stream], args.delta)
-    ends = np.log([runs.C.min(), runs.C.max()])
-    cut = args.min_budget or float(np.exp(ends[0] + 0.25 * (ends[1] - ends[0])))
-    values = {k: float(v[0]) for k, v in derive(fit.coef[None], runs).items()}
-    values |= dict(zip(("c", "c_log_spaced"), map(float, envelope(runs, cut))), cut=cut)
-    samples = derive(draws, runs)
-    many = np.array([envelope(runs, cut, w > 0) for w in weight]).reshape(-1, 2)
-    samples |= {"c": many[:, 0], "c_log_spaced": many[:, 1]}
-    return Study(runs, held, fit, draws, values | quality(fit.coef, runs), samples)
+    weight = draw_weights(runs.cluster, args.bootstrap, [0, stream])
+    draws, budgets = bootstrap(runs, fit, weight, args.delta), isoflop_budgets(runs)
+    cut = args.min_budget or float(runs.C.min() ** 0.75 * runs.C.max() ** 0.25)
 
+    def numbers(coef, weight):
+        slices = exponents("isoflop", *isoflop(runs, budgets, weight)) if budgets else {}
+        return derive(coef, runs) | envelope(runs, cut, weight) | slices
 
-def interval(samples):
-    """(K,) -> [2.5 %, 97.5 %] of the finite ones; None where fewer than half are."""
-    x = samples[np.isfinite(samples)]
-    return np.percentile(x, [2.5, 97.5]).tolist() if 2 * len(x) > len(samples) else None
+    one, samples = numbers(fit.coef[None], np.ones((1, len(runs.N)))), numbers(draws, weight)
+    values = {k: float(v[0]) for k, v in one.items()}
+    ci = {k: interval(x) for k, x in samples.items()} if len(draws) else {}
+    limits = profile(runs, fit, args.delta) if fit.loose else None
+    if fit.loose and ci and fit.condition > 1e5:  # resamples stop anywhere on the ridge
+        ci |= {k: limits.get(k, (None, None)) for k in (*fit.loose, *"abd")}
+    record = {"name": runs.name, "n": len(runs.N), "sizes": len(np.unique(runs.N)), **values,
+              **quality(fit.coef, runs), "ci": ci, "cut": cut, "floor": runs.floor,
+              "covariance": np.cov(draws.T).tolist() if len(draws) > 1 else None,  # of Fit.coef
+              "objective": fit.objective, "gradient": fit.gradient, "condition": fit.condition,
+              "starts": dict(zip(("screened", "polished", "reached_best"), fit.starts)),
+              "flags": fit.flags, "not_identified": fit.loose, "profile": limits,
+              **{f"{k}_range": [getattr(runs, k).min(), getattr(runs, k).max()] for k in "NDC"},
+              "holdout": {"n": len(held.N)} | quality(fit.coef, held) if held else None,
+              "isoflop_budgets": len(budgets), "sensitivity": sensitivity(runs, fit, args.delta),
+              "tied": tied_law(runs, args.delta), "sparse": sparse_law(runs, weight, args.delta)}
+    s = Study(runs, fit, draws, samples, record)
+    record["budgets"] = [at_budget(s, C)[0] for C in args.budget]
+    return s
 
 
 def at_budget(s, C):
@@ -710,20 +910,31 @@ def at_budget(s, C):
     return found, many[2][:, 0]
 
 
-def record(s, args):
-    """Study -> the JSON object of one group."""
-    v, f, r = s.values, s.fit, s.runs
-    out = {"name": r.name, "n": len(r.N), "objective": f.objective} | v
-    out["ci"] = {k: interval(x) for k, x in s.samples.items()} if len(s.draws) else {}
-    out |= {"floor": r.floor, "gradient": f.gradient, "condition": f.condition}
-    out["starts"] = dict(zip(("screened", "polished", "reached_best"), f.starts))
-    out |= {"flags": f.flags, "not_identified": f.loose}
-    out["profile"] = profile(r, f, args.delta) if f.loose else None
-    if f.loose and out["ci"] and f.condition > 1e5:  # resamples stop anywhere on the ridge
-        out["ci"] |= {k: out["profile"].get(k, (None, None)) for k in (*f.loose, *"abd")}
-    out |= {f"{k}_range": [getattr(r, k).min(), getattr(r, k).max()] for k in "NDC"}
-    out["holdout"] = {"n": len(s.held.N)} | quality(f.coef, s.held) if s.held else None
-    out["budgets"] = [at_budget(s, C)[0] for C in args.budget]
+# Table 2, and L = K C^c of Figs 5, 9, 26 and 27. A and B are printed for the sparse row only.
+PAPER = {  # A, B, E, alpha, beta; a, b, K, c
+    "early AVG": (None, None, 1.904, 0.301, 0.335, 0.5262, 0.473, 29.574, -0.0492),
+    "early text": (None, None, 2.222, 0.3084, 0.3375, 0.5246, 0.4774, 22.709, -0.042),
+    "early image-caption": (None, None, 1.569, 0.3111, 0.3386, 0.5203, 0.4785, 47.97, -0.061),
+    "early interleaved": (None, None, 1.966, 0.2971, 0.338, 0.5315, 0.468, 25.114, -0.0458),
+    "late AVG": (None, None, 1.891, 0.2903, 0.3383, 0.6358, 0.4619, 29.923, -0.0494),
+    "sparse early AVG": (381773, 4659, 2.158, 0.71, 0.372, 0.361, 0.656, 27.086, -0.048),
+}
+
+
+def paper_plan(budgets):
+    """What the paper's own coefficients say at each budget, printed and returned."""
+    print("\nthe paper's coefficients (Table 2). Dense A and B were not published: the frontier "
+          "L = K C^c\ngives the loss there, and N and D are known in their growth only")
+    out = {}
+    for (name, (A, B, E, alpha, beta, a, b, K, c)), C in product(PAPER.items(), budgets):
+        row = {"C": C, "frontier_loss": K * C**c, "N": None, "D": None, "loss": None}
+        text = f"N ~ C^{a:.3f}, D ~ C^{b:.3f}; E {E:.3f}"
+        if A:
+            found = optimum([*np.log([A, B, E]), alpha, beta], C)
+            row |= {k: float(x[0, 0]) for k, x in zip(("N", "D", "loss"), found)}
+            text = "N {N:.3g}, D {D:.3g}, loss by the law {loss:.4f}".format(**row)
+        print(f"  {name:20} at {C:.3g}: frontier loss {K * C**c:.3f}; {text}")
+        out.setdefault(name, []).append(row)
     return out
 
 
@@ -743,49 +954,40 @@ def span(ends, form="{:.3f}"):
     return "[" + ", ".join("?" if e is None else form.format(e) for e in ends or (None, None)) + "]"
 
 
+def cells(texts, width):
+    """Texts in columns of one width."""
+    return "".join(text.ljust(width) for text in texts)
+
+
 def print_table(records):
     """The paper's Table 2, an interval under each number, "?" at what is not identified."""
     wide = max(len(g["name"]) for g in records + [{"name": "group"}]) + 2
-    print("\n" + "group".ljust(wide) + "runs  " + "".join(k.ljust(17) for k in EXPONENTS)
-          + "R2(ln L)  MSE       MAE %")
+    print(f"\n{'group':{wide}}runs  {cells(EXPONENTS, 17)}R2(ln L)  MSE       MAE %")
     for g in records:
-        loose = set(g["not_identified"])
+        loose = {*g["not_identified"]}
         loose |= {"a", "b", "d"} if loose & {"alpha", "beta"} else set()
-        cells = [("-" if not np.isfinite(g[k]) else f"{g[k]:.4f}{'?' * (k in loose)}").ljust(17)
-                 for k in EXPONENTS]
-        print(g["name"].ljust(wide) + f"{g['n']:<6}" + "".join(cells)
-              + f"{g['r2']:.5f}   {g['mse']:.2e}  {g['mae_pct']:.3f}")
+        values = [f"{g[k]:.4f}{'?' * (k in loose)}".replace("nan", "-") for k in EXPONENTS]
+        print(f"{g['name']:{wide}}{g['n']:<6}{cells(values, 17)}"
+              + "{r2:.5f}   {mse:.2e}  {mae_pct:.3f}".format(**g))
         if g["ci"]:
-            print(" " * (wide + 6) + "".join(span(g["ci"][k]).ljust(17) for k in EXPONENTS))
+            print(" " * (wide + 6) + cells((span(g["ci"][k]) for k in EXPONENTS), 17))
 
 
 def print_details(s, g):
     """What a careful reader asks about one group."""
-    say, v = (lambda text: print("  " + text)), s.values
-    print(f"\n{g['name']}: {len(np.unique(s.runs.N))} sizes, "
-          + ", ".join(f"{k} {human(lo)} to {human(hi)}" if k != "C" else f"C {lo:.1e} to {hi:.1e}"
-                      for k, (lo, hi) in ((k, g[k + "_range"]) for k in "NDC")))
-    say(f"E = {v['E']:.5g}, A = {v['A']:.5g}, B = {v['B']:.5g}")
-    if s.runs.floor is not None:
-        lo, hi = g["ci"].get("E") or (None, None)
-        low, high = (-np.inf if lo is None else lo), (np.inf if hi is None else hi)
-        place = "inside" if low <= s.runs.floor <= high else "outside"
-        say(f"true floor {s.runs.floor:.4f}" + f", {place} the interval of E" * bool(g["ci"]))
-    say("optimiser: {} screened starts, {} polished, {} of them reach ".format(*s.fit.starts)
-        + f"F = {s.fit.objective:.8g}; |gradient| / (delta n) = {s.fit.gradient:.0e}; "
-        f"condition {s.fit.condition:.1e}")
-    for suffix, label in (("", "closed form, C = 6 N D"), ("_regression", "regression on budgets"),
-                          ("_total", "regression of N + N_vision")):
-        if "a" + suffix in v:
-            say(f"{label:28}" + "  ".join(f"{k} {v[k + suffix]:.4f}" for k in "abd"))
-    say(f"envelope from {v['cut']:.1e} FLOPs  c {v['c']:.4f} (C spaced evenly, as the paper), "
-        f"{v['c_log_spaced']:.4f} (in equal ratios)")
-    size = np.abs(s.fit.residuals)
-    for count, what in (((s.runs.L < v["E"]).sum(), "below the fitted E"),
-                        ((size > 8 * max(np.median(size), 1e-6)).sum(),
-                         "more than 8 median residuals off the law")):
-        if count:
-            say(f"{count} rows lie {what}; they are in the fit")
+    say, size = (lambda text: print("  " + text)), np.abs(s.fit.residuals)
+    print("\n{name}: {sizes} sizes".format(**g) + "".join(
+        f", {k} {human(lo)} to {human(hi)}" for k in "NDC" for lo, hi in [g[k + "_range"]]))
+    floor = "" if g["floor"] is None else f"; true floor {g['floor']:.4f}"
+    if floor and None not in (g["ci"].get("E") or [None]):
+        lo, hi = g["ci"]["E"]
+        floor += f", {'inside' if lo <= g['floor'] <= hi else 'outside'} the interval of E"
+    say("E = {E:.5g}, A = {A:.5g}, B = {B:.5g}".format(**g) + floor)
+    say("optimiser: {screened} screened starts, {polished} polished, {reached_best} of them reach "
+        .format(**g["starts"]) + "F = {objective:.8g}; |gradient| / (delta n) = {gradient:.0e}; "
+        "condition {condition:.1e}".format(**g))
+    print_approaches(say, g)
+    print_rivals(say, g)
     if g["holdout"]:
         say("held out {n} rows: R2(ln L) {r2:.4f}, MSE {mse:.2e}, MAE {mae_pct:.3f} %, mean error "
             "{bias_pct:+.3f} %".format(**g["holdout"]))
@@ -793,25 +995,85 @@ def print_details(s, g):
         say(f"at C = {b['C']:.3g}: N {human(b['N'])}, D {human(b['D'])}, "
             f"D/N {b['D'] / b['N']:.3g}, loss {b['loss']:.4f} {span(b['ci']['loss'], '{:.4f}')}"
             + ", outside the runs' range of C" * b["extrapolates"])
-    for flag in s.fit.flags:
+    for count, what in (((s.runs.L < g["E"]).sum(), "below the fitted E"),
+                        ((size > 8 * max(np.median(size), 1e-6)).sum(),
+                         "more than 8 median residuals off the law")):
+        if count:
+            say(f"{count} rows lie {what}; they are in the fit")
+    for flag in g["flags"]:
         say(f"WARNING: {flag}")
     if g["profile"]:
-        say(f"not identified: {', '.join(s.fit.loose)}; 95 % profile intervals: "
+        say(f"not identified: {', '.join(g['not_identified'])}; 95 % profile intervals: "
             + ", ".join(f"{k} {span(ends)}" for k, ends in g["profile"].items()))
+
+
+def print_approaches(say, g):
+    """The three approaches side by side."""
+    say("approach".ljust(32) + cells(("N ~ C^a", "D ~ C^b", "L ~ C^c"), 24))
+    label = f"2 parabolas, D = {g.get('D0_isoflop', 0):.3g} C^b"
+    for how, keys in ((f"1 envelope from {g['cut']:.1e} FLOPs", ("a_envelope", "b_envelope", "c")),
+                      (label, ("a_isoflop", "b_isoflop", "c_isoflop")),
+                      ("3 closed form, C = 6 N D", ("a", "b")),
+                      ("3 regression on budgets", ("a_regression", "b_regression", "c_regression")),
+                      ("3 regression of N + N_vision", ("a_total", "b_total"))):
+        if keys[0] in g:
+            found = (f"{g[k]:.4f} {span(g['ci'].get(k))}" for k in keys)
+            say(how.ljust(32) + cells(found, 24))
+    say(f"envelope's c with C in equal ratios: {g['c_log_spaced']:.4f}; budgets with five sizes: "
+        f"{g['isoflop_budgets'] or 'fewer than three, so no parabolas'}")
+
+
+def print_rivals(say, g):
+    """Other laws on the same rows, and how far the fit moves."""
+    tied = g["tied"]["tied"]
+    say(f"alpha = beta = {tied['exponent']:.4f} with E {tied['E']:.4f}: {against(g['tied'])}")
+    if g["sparse"]:
+        law = g["sparse"]
+        say("L(N, D, S) = E + A/N^alpha + B/D^beta + C/(1-S)^lambda + d/((1-S)^delta N^gamma);\n"
+            "  of the intervals trust those of B, alpha and beta, the others come out too narrow:")
+        texts = [f"{k} {law[k]:.4g}{'?' * (k in law['not_identified'])} "
+                 f"{span(law['ci'][k], '{:.3g}')}" for k in SPARSE.names]
+        say(", ".join(texts[:5]) + "\n  " + ", ".join(texts[5:]) + "\n  " + against(law["rivals"]))
+    say("refitted with".ljust(32) + cells(("E", "alpha", "beta", "a"), 16))
+    for change, moved in g["sensitivity"].items():
+        ends = (f"{lo:.3f}" + f" to {hi:.3f}" * (hi > lo) for lo, hi in moved.values())
+        say(change.ljust(32) + cells(ends, 16))
+
+
+def against(rivals):
+    """Rivals of one set of rows as text: AIC above the lowest, error on sizes left out."""
+    least = min(v["aic"] for v in rivals.values())
+    return "; ".join(f"{k}: {v['coefficients']} coefficients, AIC +{v['aic'] - least:.1f}, "
+                     f"sizes left out {v['left_out_pct']:.3f} % off" for k, v in rivals.items())
+
+
+def joint(studies, args):
+    """Groups that differ in their mixture only: print and return the laws that they share."""
+    out, families = {}, {}
+    for s in studies:
+        families.setdefault(s.runs.family, []).append(s.runs)
+    for name in (k for k, groups in families.items() if k and len(groups) > 1):
+        out[name] = joint_law(families[name], args)
+        print(f"\n{name}: one alpha and beta for all mixtures")
+        for group, law in out[name]["groups"].items():
+            print(f"  {group}: " + ", ".join(f"{k} {law[k]:.4g} {span(law['ci'][k], '{:.4g}')}"
+                                             for k in ("E", "A", "B", "alpha", "beta")))
+        print("  " + against(out[name]["rivals"]))
+    return out
 
 
 def compare(studies, args):
     """Print and return the differences of two groups (first minus second) with intervals."""
-    found = {s.runs.name: s for s in studies}
+    found, out = {s.runs.name: s for s in studies}, {}
     for name in args.compare:
         if name not in found:
             raise SystemExit(f"--compare: no group {name!r}; groups: {', '.join(found)}")
     one, two = (found[name] for name in args.compare)
-    out = {k: {"difference": one.values[k] - two.values[k],
-               "ci": interval(one.samples[k] - two.samples[k])} for k in EXPONENTS}
     print(f"\n{one.runs.name} minus {two.runs.name}")
-    for k, gap in out.items():
-        print(f"  {k:6} {gap['difference']:+.4f} {span(gap['ci'], '{:+.4f}')}")
+    for k in EXPONENTS:
+        gap, ci = one.record[k] - two.record[k], interval(one.samples[k] - two.samples[k])
+        out[k] = {"difference": gap, "ci": ci}
+        print(f"  {k:6} {gap:+.4f} {span(ci, '{:+.4f}')}")
     for C in args.budget or [min(one.runs.C.max(), two.runs.C.max())]:
         (x, xs), (y, ys) = at_budget(one, C), at_budget(two, C)
         gap, ci = x["loss"] - y["loss"], interval(xs - ys)
@@ -825,8 +1087,8 @@ def compare(studies, args):
 # ---------------------------------------------------------------- figures
 
 
-def draw(studies, path):
-    """One page, PNG and SVG: loss against FLOPs per group; prediction and residuals of all."""
+def draw(studies, folder):
+    """laws: loss against FLOPs per group, prediction, residuals; laws_more: what follows."""
     try:
         import matplotlib
     except ImportError:
@@ -835,55 +1097,76 @@ def draw(studies, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    across = min(len(studies), 4)
+    across, sliced = min(len(studies), 4), [s for s in studies if s.record["isoflop_budgets"]]
     down = -(-len(studies) // across)
     page = pyplot.figure(figsize=(12, 4.4 * down + 3), layout="constrained")
     top, bottom = page.subfigures(2, 1, height_ratios=[4.4 * down, 3])
     panels = top.subplots(down, across, squeeze=False, sharey=True).ravel()
     for ax, s in zip(panels, studies):
         draw_frontier(ax, s)
-    for ax in panels[len(studies):]:
-        ax.axis("off")
     draw_residuals(bottom.subplots(1, 4), studies)
-    for suffix in (".png", ".svg"):
-        part = path.with_name(path.stem + ".part" + suffix)
-        page.savefig(part, dpi=150)
-        os.replace(part, path.with_suffix(suffix))
-    pyplot.close(page)
+    plain = 4 + (len(studies) > 1)
+    rows = -(-(plain + len(sliced)) // 3)
+    more = pyplot.figure(figsize=(12, 3.8 * rows), layout="constrained")
+    others = more.subplots(rows, 3).ravel()
+    draw_optima(others[:plain], studies)
+    for ax, s in zip(others[plain:], sliced):
+        draw_slices(ax, s)
+    for ax in [*panels[len(studies):], *others[plain + len(sliced):]]:
+        ax.axis("off")
+    for figure, name in ((page, "laws"), (more, "laws_more")):
+        for suffix in ("png", "svg"):  # whole or not at all
+            part = folder / f"{name}.part.{suffix}"
+            figure.savefig(part, dpi=150)
+            os.replace(part, folder / f"{name}.{suffix}")
+    pyplot.close("all")
+
+
+def look(k, line=True):
+    """Line or marker and grey of the k-th group: tells groups apart without colour."""
+    return {"color": ("0.1", "0.55", "0.3", "0.7")[k % 4], "mfc": "none", "ms": 4.5, "mew": 0.9,
+            "ls": ("-", "--", "-.", ":")[k % 4] if line else "",
+            "marker": "" if line else "o^sDvPX*"[k % 8]}
+
+
+def shade(rank):
+    """0 to 1 -> a colour that is darker the larger, in grey too."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.92 - 0.92 * rank)
 
 
 def draw_frontier(ax, s):
     """Runs, the law at fixed N, the compute-optimal frontier (dashed where it extrapolates)."""
-    from matplotlib import colormaps
+    r, coef, (small, large) = s.runs, s.fit.coef, s.record["N_range"]
+    sizes, tokens = np.unique(r.N), np.geomspace(r.D.min() / 1.4, r.D.max() * 1.4, 60)
 
-    r, sizes = s.runs, np.unique(s.runs.N)
+    def rank(N):
+        return np.log(N / small) / np.log(large / small)
 
-    def colour(N):  # darker is larger, in grey too
-        rank = np.log(N / sizes[0]) / np.log(sizes[-1] / sizes[0])
-        return colormaps["viridis"](0.92 - 0.92 * rank)
-
-    shown = sizes if len(sizes) <= 7 else np.geomspace(sizes[0], sizes[-1], 5)
-    ax.scatter(r.C, r.L, c=colour(r.N), s=18, zorder=3, edgecolors="white", linewidths=0.4)
-    tokens = np.geomspace(r.D.min() / 1.4, r.D.max() * 1.4, 60)
-    for N in shown:
-        rho = r.vision[0] if r.vision else 0
-        C = 6 * tokens * (N + rho * encoder(N, r.vision))
+    ax.scatter(r.C, r.L, c=shade(rank(r.N)), s=18, zorder=3, edgecolors="white", linewidths=0.4)
+    _, repeats, noise = seed_noise(r)
+    if repeats:
+        ax.errorbar(r.C, r.L, noise * r.L, fmt="none", ecolor="0.4", elinewidth=0.8, capsize=2,
+                    label=f"seed noise, $\\pm$ {100 * noise:.2g} %")
+    for N in sizes if len(sizes) <= 7 else np.geomspace(small, large, 5):
+        C = 6 * tokens * (N + (r.vision[0] if r.vision else 0) * encoder(N, r.vision))
         keep = (C > r.C.min() / 10) & (C < r.C.max() * 10)
-        ax.plot(C[keep], predict(s.fit.coef, N, tokens[keep]), color=colour(N), lw=1,
+        ax.plot(C[keep], predict(coef, N, tokens[keep]), color=shade(rank(N)), lw=1,
                 label=f"N = {human(N)}")
     lo, hi = r.C.min(), r.C.max()
-    beyond = {"ls": "--", "lw": 1.3}
-    for start, end, look in ((lo / 10, lo, beyond), (hi, hi * 10, beyond), (lo, hi, {
-            "lw": 2.4, "label": "frontier (dashed: outside the runs)"})):
-        C = np.geomspace(start, end, 40)
-        ax.plot(C, optimum(s.fit.coef, C, r.vision)[2][0], color="black", zorder=4, **look)
-    E = s.values["E"]
+    C = np.geomspace(lo / 10, hi * 10, 120)
+    inside, loss = (C >= lo) & (C <= hi), optimum(coef, C, r.vision)[2][0]
+    ax.plot(C, loss, color="black", zorder=4, ls="--", lw=1.3)
+    ax.plot(C[inside], loss[inside], color="black", zorder=4, lw=2.4,
+            label="frontier (dashed: outside the runs)")
+    E = np.exp(coef[2])
     ax.axhline(E, color="black", ls=":", lw=1.2, label=f"fitted E = {E:.3f}")
     if r.floor is not None:
         ax.axhline(r.floor, color="0.5", ls="-.", lw=1.2, label=f"true floor = {r.floor:.3f}")
-    ax.set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="validation loss (nats)",
-           title=f"{r.name}: L = {E:.3f} + A/N$^{{{s.fit.coef[3]:.3f}}}$ "
-                 f"+ B/D$^{{{s.fit.coef[4]:.3f}}}$")
+    ax.set(xscale="log", yscale="log", xlabel="training FLOPs C", ylabel="validation loss (nats)")
+    ax.set_title(f"{r.name}: L = {E:.3f} + A/N$^{{{coef[3]:.3f}}}$ + B/D$^{{{coef[4]:.3f}}}$",
+                 fontsize=10)
     plain_ticks(ax.yaxis)
     ax.legend(fontsize=7, frameon=False)
 
@@ -902,14 +1185,13 @@ def plain_ticks(axis):
 
 def draw_residuals(axes, studies):
     """Predicted against observed, and residuals against N, D, C: no trend means a good law."""
-    for k, s in enumerate(studies):
-        r, look = s.runs, {"ls": "", "marker": "o^sDvPX*"[k % 8], "ms": 4.5, "mew": 0.9,
-                           "mfc": "none", "color": ("0.1", "0.5", "0.3", "0.65")[k % 4]}
-        axes[0].plot(r.L, predict(s.fit.coef, r.N, r.D), label=r.name, **look)
-        for ax, x in zip(axes[1:], (r.N, r.D, r.C)):
-            ax.plot(x, 100 * np.expm1(-s.fit.residuals), **look)
     ends = [f(f(s.runs.L) for s in studies) for f in (min, max)]
     axes[0].plot(ends, ends, color="black", lw=0.8)
+    for k, s in enumerate(studies):
+        r, dots = s.runs, look(k, False)
+        axes[0].plot(r.L, predict(s.fit.coef, r.N, r.D), label=r.name, **dots)
+        for ax, x in zip(axes[1:], (r.N, r.D, r.C)):
+            ax.plot(x, 100 * np.expm1(-s.fit.residuals), **dots)
     axes[0].set(xlabel="observed loss", ylabel="predicted loss")
     axes[0].legend(fontsize=7, frameon=False)
     axes[1].set_ylabel("observed above the law (%)")
@@ -920,22 +1202,54 @@ def draw_residuals(axes, studies):
         ax.sharey(axes[1])
 
 
+def draw_optima(panels, studies):
+    """Best N, D and D/N against C with 95 % bands, bootstrap clouds, loss above the first group."""
+    ends = [f(f(s.runs.C) for s in studies) for f in (min, max)]
+    C, best = np.geomspace(ends[0] / 3, ends[1] * 3, 30), []
+    for k, s in enumerate(studies):
+        one, many = (optimum(c, C, s.runs.vision) for c in (s.fit.coef, s.draws[:400]))
+        best.append((one[2], many[2]))
+        curves = [(one[0], many[0]), (one[1], many[1]), (one[1] / one[0], many[1] / many[0]), None,
+                  [100 * (x / y - 1) for x, y in zip(best[-1], best[0])]]
+        for ax, curve in zip(panels, curves):
+            if curve:
+                ax.plot(C, curve[0][0], label=s.runs.name, **look(k))
+                draws = curve[1] if len(s.draws) else curve[0]
+                ax.fill_between(C, *np.nanpercentile(draws, [2.5, 97.5], axis=0), lw=0, alpha=0.2,
+                                color=look(k)["color"])
+        cloud = look(k, False)
+        panels[3].plot(*s.draws[:400, 3:].T, **cloud | {"ms": 2.5, "alpha": 0.5})
+        panels[3].plot(*s.fit.coef[3:], **cloud | {"ms": 9, "mew": 2, "label": s.runs.name})
+        if s.record["isoflop_budgets"]:
+            weight = np.ones((1, len(s.runs.N)))
+            at, N, D, _ = np.exp(isoflop(s.runs, isoflop_budgets(s.runs), weight))[:, 0]
+            for ax, y in zip(panels, (N, D, D / N)):
+                ax.plot(at, y, label=f"{s.runs.name}, parabolas", **cloud)
+    names = ("best N", "best D", "best D/N (tokens per parameter)", "",
+             f"frontier loss above {studies[0].runs.name} (%)")
+    for k, (ax, name) in enumerate(zip(panels, names)):
+        if k != 3:
+            ax.set(xscale="log", yscale="log" if k < 3 else "linear", xlabel="training FLOPs C",
+                   ylabel=name)
+        ax.legend(fontsize=7, frameon=False)
+    panels[3].set(xlabel=r"$\alpha$", ylabel=r"$\beta$", title="bootstrap refits")
+
+
+def draw_slices(ax, s):
+    """IsoFLOP curves: runs of each budget, their parabola over ln D, its minimum."""
+    budgets = isoflop_budgets(s.runs)
+    for q, rows in enumerate(budgets):
+        x, L, colour = np.log(s.runs.D[rows]), s.runs.L[rows], shade(q / len(budgets))
+        p, fine = np.polyfit(x, L, 2), np.linspace(x.min(), x.max(), 50)
+        ax.plot(np.exp(x), L, "o", ms=3, color=colour)
+        ax.plot(np.exp(fine), np.polyval(p, fine), lw=1, color=colour,
+                label=f"C = {np.median(s.runs.C[rows]):.1e}")
+        ax.plot(np.exp(-p[1] / (2 * p[0])), np.polyval(p, -p[1] / (2 * p[0])), "kx", ms=6)
+    ax.set(xscale="log", xlabel="tokens D", ylabel="loss", title=f"{s.runs.name}: equal FLOPs")
+    ax.legend(fontsize=6, frameon=False, ncols=2)
+
+
 # ---------------------------------------------------------------- command line
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, with the nearest flag."""
-
-    def error(self, message):
-        raise SystemExit(f"fit_laws.py: {message}; see python fit_laws.py --help")
-
-    def parse_args(self, argv=None):
-        args, extra = self.parse_known_args(argv)
-        if extra:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(extra[0].split("=")[0], flags, 1)
-            self.error(f"unknown {extra[0]}" + (f", did you mean {near[0]}?" if near else ""))
-        return args
 
 
 def positive(text):
@@ -952,112 +1266,122 @@ def whole(text):
     return int(text)
 
 
-def budgets(text):
-    """For argparse: numbers with commas between."""
-    return [positive(part) for part in text.split(",")]
+def flops(text):
+    """For argparse: numbers with commas between; 24hx8xh100x0.4 = hours, GPUs, peak, MFU."""
+    peak = {"a100": 312e12, "h100": 989e12, "h200": 989e12}  # dense bf16 FLOP/s
+
+    def factor(part):
+        return 3600 * positive(part[:-1]) if part[-1:] == "h" else peak.get(part) or positive(part)
+
+    return [float(np.prod([factor(p) for p in part.split("x")])) for part in text.split(",")]
+
+
+def fail(message):
+    """A mistake on the command line, in one line."""
+    raise SystemExit(f"fit_laws.py: {message}; see python fit_laws.py --help")
 
 
 def parse_args(argv=None):
-    """Command line -> namespace."""
-    p = Parser(prog="fit_laws.py", description=__doc__, allow_abbrev=False,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add("path", nargs="+", metavar="PATH", help="run folder, .jsonl, .csv, .tsv or .parquet with "
-        "columns N, D, loss (or params, tokens, val_loss, ...; C or flops if you have it)")
-    add("--where", action="append", default=[], metavar="RULE",
-        help="use only rows with, for example, kept=1, C<1e21 or fusion!=late; repeatable")
-    add("--group-by", metavar="COL,COL", help="a law for each value of these columns (default: "
-        "fusion, moe, and mixture where there are several; '' for one law)")
-    add("--loss", default="loss", metavar="COL", help="which loss to fit (default: loss)")
-    add("--per-kind", action="store_true",
-        help="also fit loss_caption, loss_interleaved and loss_text")
-    add("--best-per-cell", action="store_true", help="of runs with equal N and D keep the best: "
-        "the choice of a learning rate (default: keep all, as seeds)")
-    add("--holdout", metavar="K|RULE", help="fit without the K largest sizes, or without rows "
-        "such as 'N>1e9', and report the error of the law there")
-    add("--budget", type=budgets, default=[], metavar="C,C",
-        help="print the best N, D and the loss for these training FLOPs")
-    add("--compare", nargs=2, metavar="GROUP", help="difference of two groups, each coefficient "
-        "and the loss at --budget, with intervals")
-    add("--bootstrap", type=whole, default=1000, metavar="K", help="resamples (default 1000)")
-    add("--cluster", metavar="COL", help="resample whole widths, seeds or runs, not rows")
-    add("--seed", type=whole, default=0, help="of the bootstrap (default 0)")
-    add("--delta", type=positive, default=1e-3, help="of the Huber loss (default 1e-3)")
-    add("--min-budget", type=positive, metavar="C", help="the envelope's L = K C^c starts here "
-        "(paper 3e19; default: after the first quarter of the decades)")
-    add("--out", type=Path, metavar="DIR",
-        help="for laws.json, .png, .svg (default: the run folder, or here for a file)")
-    add("--json", type=Path, metavar="FILE", help="the numbers go here instead")
-    add("--no-plots", action="store_true", help="no figure")
-    return p.parse_args(argv)
+    """Command line -> namespace; a mistake ends in one line with the nearest flag."""
+    p = argparse.ArgumentParser(prog="fit_laws.py", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(flag, help, **more):
+        p.add_argument(flag, help=help, **more)
+
+    p.error = fail  # instead of two lines of usage
+    add("path", "run folder, .jsonl, .csv, .tsv or .parquet with columns N, D, loss (or params, "
+        "tokens, val_loss, ...; C or flops if you have it)", nargs="*", metavar="PATH")
+    add("--where", "only rows with, for example, kept=1, C<1e21 or fusion!=late; repeatable",
+        action="append", default=[], metavar="RULE")
+    add("--group-by", "a law for each value of these columns (default fusion,moe,mixture as far as "
+        "they differ; '' for one law)", metavar="COL,COL")
+    add("--loss", "losses to fit (default loss; or loss,loss_text)", default="loss", metavar="COL")
+    add("--best-per-cell", "of runs with equal N and D keep the best, as a choice of learning rate "
+        "(default: all, as seeds)", action="store_true")
+    add("--holdout", "fit without the K largest sizes, or rows such as 'N>1e9', and report the "
+        "error there", metavar="K|RULE")
+    add("--budget", "print the best N, D and the loss for these FLOPs; 24hx8xh100x0.4 stands for "
+        "hours, GPUs, their peak and MFU", type=flops, default=[], metavar="C,C")
+    add("--plan", "also what the paper's coefficients say at --budget", action="store_true")
+    add("--compare", "differences of two groups with intervals", nargs=2, metavar="GROUP")
+    add("--bootstrap", "resamples (default 1000)", type=whole, default=1000, metavar="K")
+    add("--cluster", "resample whole widths, seeds or runs, not rows", metavar="COL")
+    add("--delta", "of the Huber loss (default 1e-3)", type=positive, default=1e-3)
+    add("--min-budget", "L = K C^c starts here (paper 3e19; default: after the first quarter of "
+        "the decades)", type=positive, metavar="C")
+    add("--out", "folder for laws.json and figures (default: the run folder, or here)", type=Path)
+    add("--json", "file for the numbers (default: laws.json in --out)", type=Path)
+    add("--no-plots", "no figure", action="store_true")
+    args, extra = p.parse_known_args(argv)
+    if extra:
+        near = difflib.get_close_matches(extra[0].split("=")[0], p._option_string_actions, 1)
+        fail(f"unknown {extra[0]}" + (f", did you mean {near[0]}?" if near else ""))
+    if not args.path and not args.plan or args.plan and not args.budget:
+        fail("--plan needs --budget" if args.plan else "give a run folder or a table")
+    return args
 
 
 def write_json(path, content):
     """Whole or not at all; numbers that are not finite become null."""
-    def clean(x):
-        if isinstance(x, dict):
-            return {k: clean(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [clean(v) for v in x]
-        return None if isinstance(x, float) and not np.isfinite(x) else x
-
-    part = path.with_name(path.name + ".part")
+    content, part = json.loads(json.dumps(content), parse_constant=lambda _: None), f"{path}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "w", encoding="utf-8") as file:
-            json.dump(clean(content), file, indent=1)
+            json.dump(content, file, indent=1)
         os.replace(part, path)
     except OSError as error:
-        raise SystemExit(f"{path}: cannot write: {error.strerror}; choose another --out or --json")
+        raise SystemExit(f"{path}: cannot write: {error.strerror}; choose another --out")
 
 
 def gather(args):
     """-> notes, Studies of every group and loss with enough rows; SystemExit if there is none."""
-    table, names = load(args)
-    losses = [f"loss_{k}" for k in ("caption", "interleaved", "text") if args.per_kind]
-    losses = [args.loss] + [x for x in losses if x in table.columns and x != args.loss]
-    held, studies, refused = None, [], ["no usable rows"]
-    if args.holdout and not args.holdout.isdecimal():
-        held = where(table.columns, args.holdout)
-    column(table.columns, args.loss)
-    for name, loss in product(dict.fromkeys(names), losses):
-        label = name if loss == args.loss else f"{name} {loss.removeprefix('loss_')}"
+    columns, notes, by = load(args)
+    names, families = (labels(columns, part) for part in (by, [k for k in by if k != "mixture"]))
+    largest = args.holdout and args.holdout.isdecimal()
+    held = where(columns, args.holdout) if args.holdout and not largest else names == ""
+    studies, refused = [], ["no usable rows"]
+    for name, loss in product(dict.fromkeys(names), args.loss.split(",")):
+        kind = "" if loss == "loss" else " " + loss.removeprefix("loss_")
         try:
-            runs, rows = make_runs(table, names == name, label, loss, args)
-            largest = np.unique(runs.N)[::-1][: int(args.holdout) if held is None else 0] \
-                if args.holdout else []
-            out = np.isin(runs.N, largest) if held is None else held[rows]
-            check_size(label + " without the rows held out", runs.N[~out])
+            runs, rows = make_runs(columns, notes, names == name, name + kind, loss, args)
+            out = held[rows]
+            if largest:
+                out = np.isin(runs.N, np.unique(runs.N)[::-1][: int(args.holdout)])
+            check_size(name + kind + " without the rows held out", runs.N[~out])
         except SystemExit as error:
             refused.append(str(error))
             continue
-        rest = runs.rows(out) if out.any() else None
-        studies.append(study(runs.rows(~out), rest, args, len(studies)))
+        family = families[names == name][0] + kind if "mixture" in by else ""
+        kept = replace(runs.rows(~out), family=family)
+        studies.append(study(kept, runs.rows(out) if out.any() else None, args, len(studies)))
     if not studies:
-        raise SystemExit("; ".join([refused[-1], *table.notes[1:]]))
-    return table.notes + refused[1:], studies
+        raise SystemExit("; ".join([refused[-1], *notes[1:]]))
+    return notes + refused[1:], studies
 
 
 def main(argv=None):
     """Read, fit, print, write; returns what the JSON file holds."""
     args = parse_args(argv)
+    paper = paper_plan(args.budget) if args.plan else None
+    if not args.path:
+        return {"paper": paper}
     notes, studies = gather(args)
-    records = [record(s, args) for s in studies]
+    records = [s.record for s in studies]
     print("\n".join(notes))
     print(f"\nL = E + A/N^alpha + B/D^beta, sum of Huber(delta = {args.delta:g}) on ln L; below, "
           f"95 % intervals: {args.bootstrap} resamples of {args.cluster or 'run'}s")
     print_table(records)
-    for s, g in zip(studies, records):
-        print_details(s, g)
-    result = {"groups": records, "notes": notes, "delta": args.delta}
+    for s in studies:
+        print_details(s, s.record)
+    result = {"groups": records, "notes": notes, "delta": args.delta, "paper": paper}
+    result["joint"] = joint(studies, args)
     if args.compare:
         result["compare"] = compare(studies, args)
-    folder = Path(args.path[0]) if Path(args.path[0]).is_dir() else Path()
-    out = args.out or folder
+    out = args.out or (Path(args.path[0]) if Path(args.path[0]).is_dir() else Path())
     write_json(args.json or out / "laws.json", result)
     if not args.no_plots:
-        out.mkdir(parents=True, exist_ok=True)
-        draw(studies, out / "laws.png")
+        draw(studies, out)
     return result
 
 
