@@ -54,7 +54,6 @@ MIN_SIDE = 8              # smaller pictures are tracking pixels and rulers, not
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Document:
     """tokens int32 (L,), with IMAGE where an image stands; images: uint8 (S, S, 3) each, in order;
@@ -304,6 +303,8 @@ def make_words(rng, n):
 def held_out(content):
     """One in sixteen by a hash that is the same on every machine (unlike Python's own)."""
     return zlib.crc32(repr(content).encode()) % 16 == 0
+
+
 # ---------------------------------------------------------------------------------------------
 # From documents to rows, from rows to batches
 # ---------------------------------------------------------------------------------------------
@@ -423,28 +424,39 @@ class Plan:
     """Which documents share a row: next-fit in the order of the files, made once for a packed kind.
 
     Documents longer than a row are cut into pieces, never through an image, and what is cut off
-    goes on in another row. pieces int64 (n, 5): document, its positions from .. to, its images
+    goes on in another row. pieces int32 (n, 5): document, its positions from .. to, its images
     from .. to."""
 
     def __init__(self, packed, kind, context, n_patches):
         text, images = packed.sizes(kind).T
         lengths = 1 + text + images * n_patches  # with the end-of-text before it
-        long = np.flatnonzero(lengths > context)
-        cut = [(i, *piece) for i in long.tolist()
+        hard = (lengths > context) & (images > 0)  # only their tokens say where to cut
+        cut = [(i, *piece) for i in np.flatnonzero(hard).tolist()
                for piece in cut_document(packed.tokens(kind, i), context, n_patches)]
-        short = np.flatnonzero(lengths <= context)
-        zero = np.zeros_like(short)
-        whole = np.stack([short, zero, lengths[short], zero, images[short]], 1)  # (n, 5)
-        pieces = np.concatenate([whole, np.array(cut, np.int64).reshape(-1, 5)])
+        n = np.where(hard, 0, -(-lengths // context))  # pieces of all others, at once: fast
+        doc = np.repeat(np.arange(len(n)), n)
+        start = (np.arange(len(doc)) - np.repeat(np.cumsum(n) - n, n)) * context
+        stop = np.minimum(start + context, lengths[doc])
+        easy = np.stack([doc, start, stop, np.zeros_like(doc), images[doc]], 1)  # (n, 5)
+        pieces = np.concatenate([easy, np.array(cut, np.int64).reshape(-1, 5)]).astype(np.int32)
         self.pieces = pieces[np.lexsort((pieces[:, 1], pieces[:, 0]))]
-        ends, first = np.cumsum(self.pieces[:, 2] - self.pieces[:, 1]), [0]
+        sizes = self.pieces[:, 2] - self.pieces[:, 1]
+        ends, first = np.cumsum(sizes), [0]
+        following = np.searchsorted(ends, ends - sizes + context, side="right")
         while first[-1] < len(ends):  # the row that starts at this piece holds all that fit
-            used = ends[first[-1] - 1] if first[-1] else 0
-            first.append(int(np.searchsorted(ends, used + context, side="right")))
+            first.append(int(following[first[-1]]))
         self.first, self.n_rows = np.array(first), len(first) - 1
 
     def row(self, n):
         return self.pieces[self.first[n]:self.first[n + 1]].tolist()
+
+
+def part_of(document, start, stop, first, last, n_patches):
+    """One piece of a plan as arguments of Row.add: what it needs of the document, and its positions
+    there. Else each of the hundreds of rows that hold a book would expand all of it."""
+    a, b = (at - images * (n_patches - 1) for at, images in ((start, first), (stop, last)))
+    tokens = document.tokens[max(a - 1, 0):b]  # up to what the last position predicts
+    return Document(tokens, document.images[first:last]), min(a, 1), min(a, 1) + stop - start
 
 
 def cut_document(tokens, context, n_patches):
@@ -475,14 +487,15 @@ class Loader:
         self.world = World(image_size) if cfg.data == "procedural" else None
         self.packed = {} if self.world else {s: Packed(cfg.data, s) for s in ("train", "val")}
         self.tokenizer = "bytes" if self.world else self.packed["train"].meta["tokenizer"]
-        self.encoding = get_tokenizer(self.tokenizer)
+        self.encoding = get_tokenizer() if self.world else self.packed["train"].encoding
         self.eot = self.encoding.eot_token
         self.knows_floor = self.world is not None
         self.plans, self.orders, self.val = {}, {}, {}
         missing = [kind for kind, percent in zip(KINDS, self.percent)
                    if percent and self.packed and kind not in self.packed["train"].kinds]
         if missing:
-            raise SystemExit(f"--mixture {cfg.mixture}: {cfg.data} has no {missing[0]} documents")
+            raise SystemExit(f"--mixture {cfg.mixture}: {cfg.data} has no {missing[0]} documents; "
+                             "give what is missing 0, as in 100-0-0")
 
     def kind_of(self, g):
         """(kind, how many rows of that kind came before row g). Every 100 rows hold the mixture's
@@ -516,7 +529,7 @@ class Loader:
             document = self.packed[split].document(
                 kind, i, self.image_size, rng, training and self.cfg.augment,
                 training and self.cfg.flip, first, last)
-            row.add(document, start, stop)
+            row.add(*part_of(document, start, stop, first, last, self.n_patches))
         return row
 
     def world_val_rows(self, kind):
@@ -541,6 +554,8 @@ class Loader:
 
     def plan(self, kind, split):
         if (kind, split) not in self.plans:
+            if kind not in self.packed[split].kinds:
+                raise SystemExit(f"{self.cfg.data} has no {kind} documents in its split {split}")
             self.plans[kind, split] = Plan(self.packed[split], kind, self.context, self.n_patches)
         return self.plans[kind, split]
 
@@ -621,20 +636,22 @@ def get_tokenizer(name="bytes"):
         if name == "bytes":     # the pattern only cuts into pieces, for speed: nothing to merge
             pattern, ranks = r"(?s:.{1,64})", {bytes([i]): i for i in range(256)}
         elif path.suffix == ".tiktoken":    # tiktoken's loader caches by path, retrained or not
-            lines = (line.split() for line in path.read_bytes().splitlines())
+            lines = (line.split() for line in path.read_bytes().splitlines() if line.strip())
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
             if path.with_suffix(".pat.txt").is_file():
                 pattern = path.with_suffix(".pat.txt").read_text(encoding="utf-8").strip("\n")
         else:
             return tiktoken.get_encoding(name)
+        if len({*ranks.values()}) < len(ranks) or any(bytes([i]) not in ranks for i in range(256)):
+            raise ValueError("one of the 256 bytes is missing, or a rank is there twice")
+        return tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": max(ranks.values()) + 1})
     except (OSError, ValueError) as error:      # a failed download is an OSError, too
         reason = str(error).partition("\n")[0][:99]
         raise SystemExit(f"tokenizer {name} cannot be used ({reason}): give bytes, a path to a "
                          ".tiktoken file (lines of base64 token, space, rank), or one of "
                          f"{', '.join(tiktoken.list_encoding_names())} that is in "
                          "TIKTOKEN_CACHE_DIR or can be downloaded") from None
-    return tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": max(ranks.values()) + 1})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -768,7 +785,8 @@ def read_source(path, kind):
             try:
                 record = json.loads(record) if isinstance(record, bytes) else record
                 parts = LAYOUTS[kind][0](record, members, path.parent)
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError,
+                    OSError) as error:  # the last: an image beside it that may not be read
                 parts = [Skip(f"broken record ({type(error).__name__})")]
             yield key, parts
     except Exception as error:          # on hostile files the libraries raise nearly every type
@@ -857,8 +875,6 @@ def pack_file(source, kind, folder, tokenizer, made_from):
             sizes = [side for image in images for side in image.shape[:2]]
             for array in (np.array(ids + sizes, np.int32), *images):
                 file.write(array.tobytes())
-        file.flush()
-        os.fsync(file.fileno())         # else a power cut could leave the name without the content
     for split, table in tables.items():
         table = np.array(table, np.int64)                                   # (documents, 3)
         table.tofile(tmp / f"{split}.docs")
@@ -866,6 +882,9 @@ def pack_file(source, kind, folder, tokenizer, made_from):
         counts[split] = {"docs": len(table), "tokens": tokens - images, "images": images}
     shard = {"made_from": made_from, "skipped": skipped, "splits": counts}
     (tmp / "shard.json").write_text(json.dumps(shard), encoding="utf-8")
+    for path in tmp.iterdir():          # else a power cut could leave the name without the content
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)   # made from another version of the file
     os.replace(tmp, folder)             # in one step: a shard is complete or absent
 
@@ -878,6 +897,7 @@ def encode(parts, enc, store_size):
         if isinstance(part, Skip):
             reasons.append(part)
         elif isinstance(part, str):
+            part = re.sub(r"(\s{9999})\s+", r"\1", part)  # on 1 MB of it, tiktoken overflows
             ids += enc.encode_ordinary(part) if part.strip() else []
         else:
             images.append(part)
@@ -890,7 +910,8 @@ def pack(sources, out, tokenizer="bytes", image_size=224, split="train", val_fra
     """Pack {kind: [globs, files or folders]} into OUT and return data.json's content.
 
     Safe to interrupt and start again, and to call again with more files (`split="val"`).
-    SystemExit: nothing matches, OUT was packed with other settings, no document survives."""
+    SystemExit: nothing matches, OUT was packed with other settings or cannot be written, no
+    document survives."""
     out, enc, jobs = Path(out), get_tokenizer(tokenizer), []
     config = {"tokenizer_hash": zlib.crc32(repr((enc._pat_str, enc._mergeable_ranks)).encode()),
               "vocab_size": enc.n_vocab, "eot": enc.eot_token,
@@ -909,13 +930,19 @@ def pack(sources, out, tokenizer="bytes", image_size=224, split="train", val_fra
         raise SystemExit(f"{out} was packed with another tokenizer than {tokenizer} or another "
                          f"image size than {image_size}: choose another --out")
     todo = [job for job in jobs if done.get(job[2]) != job[4]]
-    print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them packed before")
+    hint = f" (to pack one again, as when images were missing, delete its folder in {out})"
+    print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them packed before"
+          + (hint if len(todo) < len(jobs) else ""))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        run_jobs(todo, min(workers or os.cpu_count() or 1, len(todo)))
+        run_jobs(todo, min(workers or cores or 1, len(todo)))
+        return write_index(out, config, tokenizer)
     except (KeyboardInterrupt, BrokenProcessPool):
         raise SystemExit("interrupted, or a worker died (out of memory? try fewer --workers): "
                          "finished files are kept, the same command goes on") from None
-    return write_index(out, config, tokenizer)
+    except OSError as error:            # a full disk, no permission, OUT is a file
+        raise SystemExit(f"cannot pack into {out} ({error}): make room, or choose another --out; "
+                         "finished files are kept, the same command goes on") from None
 
 
 def read_shards(out):
@@ -980,25 +1007,34 @@ def write_index(out, config, tokenizer):
 # ---------------------------------------------------------------------------------------------
 
 
+def read_meta(root):
+    """What data.json in a packed folder says, its tokenizer as get_tokenizer wants it."""
+    path = Path(root) / "data.json"
+    if not path.is_file():
+        raise SystemExit(f"{path} does not exist: make it with `python data.py pack ... --out "
+                         f"{root}`")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta["tokenizer"].endswith(".tiktoken"):
+            meta["tokenizer"] = str(Path(root) / meta["tokenizer"])
+        return meta
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise SystemExit(f"{path} is damaged: the same `pack` command writes it again") from None
+
+
 class Packed:
     """One split of a packed folder: holds its tables of documents, reads the rest when asked.
 
     SystemExit: no data.json in `root`, no such split in it, a shard's file is missing or cut."""
 
     def __init__(self, root, split="train"):
-        root, path = Path(root), Path(root) / "data.json"
-        if not path.is_file():
-            raise SystemExit(f"{path} does not exist: make it with `python data.py pack ... --out "
-                             f"{root}`")
-        self.meta = json.loads(path.read_text(encoding="utf-8"))
-        if self.meta["tokenizer"].endswith(".tiktoken"):
-            self.meta["tokenizer"] = str(root / self.meta["tokenizer"])
+        root, self.meta = Path(root), read_meta(root)
         if split not in self.meta["splits"]:
-            raise SystemExit(f"{path} has no split {split!r}: add it with `python data.py pack ... "
+            raise SystemExit(f"{root} has no split {split!r}: add it with `python data.py pack ... "
                              f"--split {split} --out {root}`")
         kinds, self.encoding = self.meta["splits"][split], get_tokenizer(self.meta["tokenizer"])
-        self.kinds, self._data, self._docs = tuple(k for k in KINDS if k in kinds), {}, {}
-        self._maps = {}
+        self.kinds = tuple(k for k in KINDS if k in kinds)
+        self._data, self._docs, self._maps = {}, {}, {}
         for kind in self.kinds:
             folders = [root / kind / shard["name"] for shard in kinds[kind]["shards"]]
             counts = [shard["docs"] for shard in kinds[kind]["shards"]]
@@ -1019,9 +1055,11 @@ class Packed:
                 self._maps.clear()
             size = path.stat().st_size if path.is_file() else 0
             self._maps[path] = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
-        found = self._maps[path][start:start + count * np.dtype(dtype).itemsize]
-        if len(found) < count * np.dtype(dtype).itemsize:
-            raise SystemExit(f"{path}, listed in data.json, is missing or cut: pack again")
+        stop = start + count * np.dtype(dtype).itemsize
+        found = self._maps[path][start:stop]
+        if len(found) < stop - start:
+            raise SystemExit(f"{path}, listed in data.json, is missing or cut: delete its "
+                             "folder and pack again")
         return found.view(dtype)
 
     def n_docs(self, kind):
@@ -1058,8 +1096,9 @@ class Packed:
         `rng`, a numpy Generator, and from nothing else."""
         tokens = self.tokens(kind, i)
         images = [None] * int((tokens == IMAGE).sum())
-        text = self.encoding.decode(tokens[tokens != IMAGE].tolist()) if flip else ""
-        flip = flip and not re.search(r"\b(left|right)", text, re.IGNORECASE)
+        if flip and images[first_image:last_image]:
+            text = self.encoding.decode(tokens[tokens != IMAGE].tolist())
+            flip = not re.search(r"\b(left|right)", text, re.IGNORECASE)
         for j in range(len(images))[first_image:last_image]:
             pixels = self.image(kind, i, j)
             image = square(pixels, image_size, rng if augment else None)            # (S, S, 3)
@@ -1141,9 +1180,13 @@ def draw_rows(batch, decode, out_path, patch_size, image_size):
     axes.figure.set_size_inches(width, height)
     axes.set(xlim=(-1, WIDTH + 1), ylim=(y + 0.5, -0.5))
     axes.axis("off")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # a glyph that no font has is drawn as a box
-        axes.figure.savefig(out_path, dpi=min(150, 30000 / height))     # PNG: 2^15 lines at most
+    dpi = min(150, 30000 / height)          # PNG: 2^15 lines at most
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # a glyph that no font has is drawn as a box
+            axes.figure.savefig(out_path, dpi=dpi)
+    except (OSError, ValueError) as error:  # no such folder, or no such format
+        raise SystemExit(f"cannot write the page {out_path}: {error}") from None
 
 
 def draw_document(axes, y, segments, images, decode):
@@ -1234,8 +1277,8 @@ def parse_count(text):
 def vocab_size(data):
     """Ids a model needs for a data set: its tokenizer's, rounded up to a multiple of 8 (odd sizes
     are slow on GPUs)."""
-    name = "bytes" if data == "procedural" else Packed(data, "train").meta["tokenizer"]
-    return -(-get_tokenizer(name).n_vocab // 8) * 8
+    ids = get_tokenizer().n_vocab if data == "procedural" else read_meta(data)["vocab_size"]
+    return -(-ids // 8) * 8
 
 
 def pack_command(argv=None):
@@ -1266,20 +1309,21 @@ def show_command(argv=None):
     add("-n", type=int, default=4, help="rows")
     add("--out", default="page.png")
     add("--split", choices=("train", "val"), default="train")
-    add("--context", type=int, default=256, help="positions in a row")
+    add("--context", type=int, default=0, help="positions in a row; 0: 1024, 256 for procedural")
     add("--image-size", type=int, default=0, help="0: as packed; 32 for procedural")
     add("--patch-size", type=int, default=0, help="0: 1/16 of the image; 1/4 for procedural")
     add("--mixture", default="45-45-10", help="captions-interleaved-text, per cent")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     real = args.data != "procedural"
-    size = args.image_size or (Packed(args.data).meta["image_size"] if real else 32)
-    patch = args.patch_size or (size // 16 if real else size // 4)
-    if size % patch or args.context < (size // patch) ** 2 + 2 or args.n < 1:
-        raise SystemExit(f"show: {args.n} rows of --context {args.context} with images of "
+    size = args.image_size or (read_meta(args.data)["image_size"] if real else 32)
+    patch = args.patch_size or max(1, size // (16 if real else 4))
+    context = args.context or (1024 if real else 256)
+    if min(size, patch, args.n) < 1 or size % patch or context < (size // patch) ** 2 + 2:
+        raise SystemExit(f"show: {args.n} rows of --context {context} with images of "
                          f"--image-size {size} in patches of --patch-size {patch} are not possible")
-    loader = Loader(DataConfig(data=args.data, mixture=args.mixture), args.seed, args.context, size,
-                    patch)
+    cfg = DataConfig(data=args.data, mixture=args.mixture, val_rows=max(64, args.n))
+    loader = Loader(cfg, args.seed, context, size, patch)
     kinds = [loader.kind_of(g) for g in range(args.n)]
     batch = loader.batch([loader.fill(kind, n, args.split) for kind, n in kinds])
     draw_rows(batch, loader.encoding.decode, args.out, patch, size)

@@ -706,8 +706,9 @@ def run_grid(cells, machine):
                 machine.say(f"{family[0].name} and its longer runs: another process is on them")
                 continue
             for cell in family:
-                if machine.share(cell.name in finished(out)):
-                    machine.say(f"{cell.name}: finished before")
+                row = machine.share(finished(out).get(cell.name))
+                if row:
+                    machine.say(f"finished before: {summary(row)}")
                 elif not run_cell(cell, family, machine):
                     return False
     return True

@@ -46,9 +46,10 @@ def main():
         styles = ("-", "--", "-.", ":")
         for i, (run, kinds) in enumerate(curves.items()):
             if kind in kinds:
-                panel.plot(*kinds[kind], styles[i % 4], label=run, linewidth=1.6)
-        panel.set(title=kind, xlabel="training tokens", xscale="log")
-        panel.grid(alpha=0.3, which="both")
+                tokens, loss = kinds[kind]
+                panel.plot([n / 1e6 for n in tokens], loss, styles[i % 4], label=run, linewidth=1.6)
+        panel.set(title=kind, xlabel="training tokens (millions)")
+        panel.grid(alpha=0.3)
     panels[0].set_ylabel("validation loss (nats a token)")
     panels[0].legend(fontsize=8)
     figure.savefig(args.out, dpi=130)

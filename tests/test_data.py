@@ -255,7 +255,7 @@ def test_bad_mixture_is_one_clear_line(mixture):
         DataConfig(mixture=mixture)
 
 
-# -- packing real documents into rows ---------------------------------------------------------------
+# -- packing real documents into rows ------------------------------------------------------------
 
 
 class FakePacked:
@@ -308,3 +308,27 @@ def test_every_token_is_a_target_exactly_once_however_documents_are_cut():
         targets += row.target[row.target >= 0].tolist()
     expected = [t for ids in packed.ids for t in [*ids[ids != IMAGE].tolist(), 99]]
     assert sorted(targets) == sorted(expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_piece_fills_a_row_as_its_whole_document_does(seed):
+    rng = random.Random(seed)
+    packed = FakePacked(["".join(rng.choice("tttI") for _ in range(60)) for _ in range(3)])
+    plan = data.Plan(packed, "text", 12, 4)
+    for n in range(plan.n_rows):
+        rows = Row(12, 4, eot=99), Row(12, 4, eot=99)
+        for i, start, stop, *images in plan.row(n):
+            document = Document(packed.ids[i], [toy_image(j) for j in range(60)])
+            rows[0].add(document, start, stop)
+            rows[1].add(*data.part_of(document, start, stop, *images, 4))
+        for name in ("tokens", "doc", "patch", "target", "nll", "images"):
+            assert np.array_equal(getattr(rows[0], name), getattr(rows[1], name))
+
+
+def test_a_plan_of_many_long_texts_is_made_without_reading_them():
+    class Many:
+        def sizes(self, kind):
+            return np.stack([np.arange(200_000) % 999, np.zeros(200_000, int)], 1)
+
+    plan = data.Plan(Many(), "text", 128, 4)
+    assert (plan.pieces[:, 2] - plan.pieces[:, 1]).sum() == (1 + np.arange(200_000) % 999).sum()

@@ -97,7 +97,10 @@ def test_tiktoken_file_and_its_pattern(tmp_path):
     small = SHARED / "tokenizers" / "bpe4096.tiktoken"
     assert get_tokenizer(small)._pat_str in (small.with_suffix(".pat.txt")).read_text("utf-8")
     broken = write_lines(tmp_path / "x.tiktoken", "not base64 at all")
-    for path, message in ((broken, "base64 token"), (tmp_path / "y.tiktoken", "No such file")):
+    empty = write_lines(tmp_path / "z.tiktoken")
+    no_bytes = write_lines(tmp_path / "n.tiktoken", "YQ== 0", "Yg== 1")
+    for path, message in ((broken, "base64 token"), (tmp_path / "y.tiktoken", "No such file"),
+                          (empty, "256 bytes is missing"), (no_bytes, "256 bytes is missing")):
         with pytest.raises(SystemExit, match=message):
             get_tokenizer(path)
 
@@ -188,6 +191,16 @@ def test_long_plain_text_is_cut_and_complete(tmp_path):
     assert "".join(pieces) == text + "\n"
 
 
+def test_white_space_without_end_is_shortened(tmp_path):
+    """A megabyte of it would overflow tiktoken's stack and end the packer."""
+    lines = [json.dumps({"text": text}) for text in ("a" + " " * 1_500_000 + "b", "\n" * 9 + "c")]
+    pack({"text": [str(write_lines(tmp_path / "a.jsonl", *lines))]}, tmp_path / "out",
+         str(SHARED / "tokenizers" / "bpe2048.tiktoken"), 16, val_fraction=0, workers=1)
+    packed = Packed(tmp_path / "out")
+    found = [packed.encoding.decode(packed.tokens("text", i).tolist()) for i in (0, 1)]
+    assert found == ["a" + " " * 9999 + "b", "\n" * 9 + "c"]
+
+
 # ---- damage: counted, named, survived
 
 def test_bad_captions_are_counted(tmp_path):
@@ -229,6 +242,17 @@ def test_bad_interleaved_documents(tmp_path, capsys):
         "image is a URL (download it first)": 1, "no text": 1}
     out = capsys.readouterr().out
     assert "broken record (JSONDecodeError) (first: docs.jsonl: 4)" in out
+
+
+def test_an_image_that_may_not_be_read_costs_its_document_only(tmp_path, monkeypatch):
+    def find_image(value, members, folder):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(data, "find_image", find_image)
+    path = write_lines(tmp_path / "a.jsonl", obelics(["x", None], [None, "a.png"]),
+                       obelics(["y"], [None]))
+    assert [parts for _, parts in read_source(path, "interleaved")] == [
+        ["broken record (PermissionError)"], ["y"]]
 
 
 def test_cut_and_damaged_files(tmp_path):
@@ -278,6 +302,12 @@ def test_user_mistakes_end_in_one_line(tmp_path, monkeypatch):
     packed = pack_one(tmp_path, "text", write_lines(text, '{"text": "x"}'))[1]
     with pytest.raises(SystemExit, match="--split val"):
         Packed(tmp_path / "out", "val")
+    with pytest.raises(SystemExit, match="a.jsonl.*choose another --out"):  # OUT is a file
+        pack({"text": [str(text)]}, text, image_size=16, workers=1)
+    for content in ("", "[]", '{"tokenizer": 3}'):
+        (tmp_path / "data.json").write_text(content, encoding="utf-8")
+        with pytest.raises(SystemExit, match="is damaged"):
+            data.vocab_size(tmp_path)
     next((tmp_path / "out").rglob("data")).unlink()
     with pytest.raises(SystemExit, match="missing or cut"):
         packed.tokens("text", 0)
@@ -456,6 +486,7 @@ def test_packed_counts_pickles_and_fetches_in_part(plain):
     assert [x is not None for x in part.images] == [0 < j < 3 for j in range(sizes[i, 1])]
     assert all((whole.images[j] == part.images[j]).all() for j in (1, 2))
     assert whole.images[0].shape == (32, 32, 3) and whole.images[0].dtype == np.uint8
+    assert data.vocab_size(Path(plain._data["caption"][0]).parents[2]) == 264  # though all is val
     assert plain.n_docs("text") == 0 and plain.sizes("text").shape == (0, 2)
     with pytest.raises(IndexError):
         plain.image("interleaved", i, sizes[i, 1])
@@ -510,3 +541,26 @@ def test_page(tmp_path):
     blue, grey = (abs(page - ink).max(-1) < 9 for ink in ((11, 61, 145), (153, 153, 153)))
     assert blue.sum() > 100 and grey.sum() > 100
     assert (abs(page - (240, 0, 0)).max(-1) < 12).any()        # the picture is there, in colour
+
+
+def test_show_with_its_defaults_and_with_mistakes(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "data"
+    for split in ("train", "val"):
+        members = [("0.png", picture()), ("0.txt", split)]
+        pack({"caption": [str(write_tar(tmp_path / f"{split}.tar", members))]}, out, split=split,
+             val_fraction=0, workers=1)
+    text = write_lines(tmp_path / "a.jsonl", '{"text": "x"}')
+    pack({"text": [str(text)]}, out, val_fraction=0, workers=1)
+    monkeypatch.setattr(data, "draw_rows", lambda batch, *rest: print(batch["tokens"].shape))
+    data.show_command([str(out), "--mixture", "100-0-0"])       # images of 224: 256 patches
+    data.show_command(["-n", "70", "--split", "val", "--mixture", "100-0-0"])
+    assert "[4, 1024]" in (shown := capsys.readouterr().out) and "[70, 256]" in shown
+    for argv, message in (([str(out)], "no interleaved documents; give"),
+                          (["--patch-size", "-8"], "not possible"),
+                          ([str(out), "--mixture", "0-0-100", "--split", "val"], "split val")):
+        with pytest.raises(SystemExit, match=message):
+            data.show_command(argv)
+    monkeypatch.undo()
+    for name in ("nowhere/page.png", "page.nonsense"):
+        with pytest.raises(SystemExit, match="cannot write the page"):
+            data.show_command(["-n", "1", "--out", str(tmp_path / name)])
