@@ -1,0 +1,155 @@
+"""Every command of the README runs, small and in order: python -m pytest tests/test_readme.py -q"""
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = ("--preset laptop --width 16 --depth 1 --context 128 --image-size 32 --patch-size 8 "
+         "--tokens 2K,4K --tokens-per-step 512 --warmup 2 --val-rows 2 --device cpu --jobs 1")
+
+
+def commands():
+    """All commands in the sh blocks, one string each."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+def small(command):
+    """The same command, shrunk: of a flag given twice the last counts."""
+    words = shlex.split(command)
+    if words[0] == "pip":
+        return None
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run"]
+        words = ["2" if before == "--nproc_per_node" else word
+                 for before, word in zip(["", *words], words)]
+    words[0] = sys.executable
+    if "train.py" in words:
+        words += shlex.split(SMALL)
+    if "pack" in words:
+        words += ["--image-size", "32", "--tokenizer", "bytes", "--val-fraction", "0.2"]
+    if "fit_laws.py" in words and "--help" not in words:
+        words += ["--bootstrap", "20"]
+    return words
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A clone with the files that the README speaks of as the reader's own."""
+    home = tmp_path_factory.mktemp("clone")
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt")]:
+        shutil.copy(path, home)
+    make_sources(home)
+    (home / "table.csv").write_text("N,D,loss\n" + "".join(
+        f"{n},{d},{1.5 + 50 / n**0.3 + 80 / d**0.3}\n"
+        for n in (1e5, 3e5, 1e6, 3e6) for d in (1e6, 3e6, 1e7, 3e7)), encoding="utf-8")
+    return home
+
+
+def make_sources(home):
+    """A few files in the layouts of DFN, OBELICS and DCLM, and a cat."""
+    import pyarrow as pa
+    import pyarrow.parquet
+    import zstandard
+    from PIL import Image
+
+    def picture(i):
+        file = io.BytesIO()
+        Image.new("RGB", (60, 40), (5 * i, 255 - 5 * i, 99)).save(file, "PNG")
+        return file.getvalue()
+
+    for folder in ("dfn", "obelics", "dclm"):
+        (home / folder).mkdir()
+    for shard in range(2):
+        with tarfile.open(home / f"dfn/0000{shard}.tar", "w") as tar:
+            for i in range(50):
+                for name, content in ((f"{i:05}.png", picture(i)), (f"{i:05}.txt", b"picture %d" % i)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    records = [{"texts": ["before", None, "after it"], "images": [None, picture(i), None]}
+               for i in range(50)]
+    pa.parquet.write_table(pa.Table.from_pylist(records), home / "obelics/a.parquet")
+    lines = "".join(json.dumps({"text": f"text number {i} " * 9}) + "\n" for i in range(200))
+    (home / "dclm/a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    (home / "cat.png").write_bytes(picture(0))
+
+
+def prepare(command, home):
+    """What an earlier command of the README would have left behind, had it not been shrunk."""
+    if "fit_laws.py runs/demo" in command:
+        shutil.rmtree(home / "runs" / "demo", ignore_errors=True)
+        (home / "runs" / "demo").mkdir(parents=True)
+        shutil.copy(ROOT / "results" / "laptop_study.jsonl", home / "runs/demo/results.jsonl")
+    run = re.search(r"model\.py (runs/\S+)", command)
+    if run and not (home / run[1]).exists():
+        done = next(home.glob("runs/*/*/ckpt.pt")).parent
+        shutil.copytree(done, home / run[1])
+
+
+def test_the_commands_run_in_their_order(workplace):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    ran = 0
+    for command in commands():
+        words = small(command)
+        if words is None or "pytest" in command or "--nnodes" in command:
+            continue
+        prepare(command, workplace)
+        result = subprocess.run(words, cwd=workplace, env=environment, capture_output=True,
+                                text=True)
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        ran += 1
+    assert ran >= 8
+
+
+def test_what_is_not_run_here_is_at_least_well_formed():
+    for command in commands():
+        words = shlex.split(command)
+        if words[0] == "pip" and "-r" in words:
+            assert (ROOT / words[words.index("-r") + 1]).is_file()
+        elif words[0] == "pip":
+            extras = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8")
+            assert all(name in extras for name in words[2:]), command
+        elif "train.py" in words:
+            flags = words[words.index("train.py") + 1:]
+            assert train.parse_grid([*flags, "--data", "procedural"]), command
+
+
+def test_the_first_block_is_two_lines():
+    first = re.search(r"```sh\n(.*?)```", README, re.DOTALL)[1].strip().splitlines()
+    assert len(first) == 2 and "python train.py" in first[0] and "pytest" in first[1]
+
+
+def test_the_numbers_of_the_study_are_those_of_its_results(workplace):
+    """The README's table is what fit_laws.py makes of the committed results."""
+    home = workplace / "check"
+    home.mkdir()
+    shutil.copy(ROOT / "results" / "laptop_study.jsonl", home / "results.jsonl")
+    subprocess.run([sys.executable, str(ROOT / "fit_laws.py"), str(home), "--bootstrap", "20"],
+                   check=True, capture_output=True)
+    laws = json.loads((home / "laws.json").read_text(encoding="utf-8"))
+    for group in laws["groups"]:
+        row = next(line for line in README.splitlines() if line.startswith(f"| {group['name']} |"))
+        shown = [float(x) for x in re.findall(r"(?<![\w.])-?\d+\.\d+", row.split("[")[0])]
+        assert shown[0] == pytest.approx(group["E"], abs=6e-4), row
+        assert group["r2"] >= 0.97
+
+
+def test_the_files_named_in_the_tour_exist_and_read_in_one_sitting():
+    for name in re.findall(r"\[`(\w+\.py)`\]", README):
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert max(map(len, lines)) <= 100, name
