@@ -523,23 +523,14 @@ def train(run, cells):
             for group in run.optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_at(run.step, cell)
 
-            # micro-steps: gradients of the *sum* of token losses, for a mean over micro-batches of
-            # unequal numbers of targets would weigh their tokens unequally
+            # micro-steps: gradients add up, and go between ranks with the last one only
             totals = torch.zeros(6, device=machine.device)
             for i in range(accumulation):
-                batch = to_device(next(batches), machine)
-                last = i == accumulation - 1
-                with contextlib.nullcontext() if last or machine.world == 1 else forward.no_sync():
-                    with machine.autocast():
-                        out = forward(batch)
-                    balance = out.aux.get("load_balancing_loss", torch.zeros_like(out.loss))
-                    (out.loss + cfg.load_balancing_weight * balance * out.count).backward()
-                totals[:3] += torch.stack([out.loss.detach(), balance.detach() * out.count,
-                                           torch.full_like(out.loss, out.count)])
-                totals[3:5] += torch.stack([(batch["doc"] == 0).sum(),
-                                            (batch["patch_index"] >= 0).sum()])
+                alone = machine.world == 1 or i == accumulation - 1
+                with contextlib.nullcontext() if alone else forward.no_sync():
+                    totals += micro_step(run, forward, to_device(next(batches), machine))
             totals[5] = stop.asked
-            machine.sum(totals)
+            totals = machine.sum(totals)
 
             # clip and step: one division, by the targets of all micro-batches and ranks (DDP has
             # averaged over ranks, hence their number)
@@ -577,6 +568,21 @@ def train(run, cells):
             if run.stopped and not at_end:
                 return "stopped"
     return "ok"
+
+
+def micro_step(run, forward, batch):
+    """Adds the gradient of the *sum* of a micro-batch's token losses to .grad: a mean over micro-
+    batches of unequal numbers of targets would weigh their tokens unequally. Returns (6,): sums
+    of loss and load_balancing_loss, targets, padding, image positions, 0 (a place to ask for a stop).
+    """
+    with run.machine.autocast():
+        out = forward(batch)
+    balance = out.aux.get("load_balancing_loss", torch.zeros_like(out.loss)) * out.count
+    (out.loss + run.cell.train.load_balancing_weight * balance).backward()
+    padding, image = (batch["doc"] == 0).sum(), (batch["patch_index"] >= 0).sum()
+    zero = torch.zeros_like(out.loss)
+    return torch.stack([out.loss.detach(), balance.detach(), zero + out.count, zero + padding,
+                        zero + image, zero]).detach()
 
 
 def compile_blocks(run):
