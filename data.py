@@ -1222,6 +1222,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                          **options)
 
+    def error(self, message):
+        raise SystemExit(f"{self.prog}: {message} (--help lists all flags)")
+
     def parse_args(self, args=None, namespace=None):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -1324,7 +1327,8 @@ def show_command(argv=None):
                          f"--image-size {size} in patches of --patch-size {patch} are not possible")
     cfg = DataConfig(data=args.data, mixture=args.mixture, val_rows=max(64, args.n))
     loader = Loader(cfg, args.seed, context, size, patch)
-    kinds = [loader.kind_of(g) for g in range(args.n)]
+    used = [kind for kind, percent in zip(KINDS, loader.percent) if percent]
+    kinds = [(used[i % len(used)], i // len(used)) for i in range(args.n)]  # in turn
     batch = loader.batch([loader.fill(kind, n, args.split) for kind, n in kinds])
     draw_rows(batch, loader.encoding.decode, args.out, patch, size)
     print(f"wrote {args.out}: {args.n} rows ({', '.join(kind for kind, _ in kinds)})")

@@ -34,7 +34,7 @@ class ModelConfig:
     moe: str = "none"  # none; learned: a router; modality: one text and one image expert
     experts: int = 8  # experts of a learned MoE layer
     top_k: int = 1  # experts a token goes to
-    width: int = 128  # of the decoder
+    width: int = 64  # of the decoder
     depth: int = 4  # blocks of the decoder
     heads: int = 0  # attention heads; 0: a head dim near 64
     context: int = 256  # positions of a row, text tokens and patches
@@ -457,9 +457,11 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, generator) -> i
 def load_model(run_dir: str) -> tuple:
     """RUN_DIR/ckpt.pt -> Model on the CPU and the checkpoint's data settings (dict). SystemExit,
     one line, when there is none or it is not one of train.py's."""
-    path = Path(run_dir, "ckpt.pt")
+    path = Path(run_dir) if Path(run_dir).name == "ckpt.pt" else Path(run_dir, "ckpt.pt")
     if not path.is_file():
-        raise SystemExit(f"{path} does not exist: name the directory of one run of train.py")
+        runs = ", ".join(str(p.parent) for p in sorted(Path(run_dir).glob("*/ckpt.pt"))[:9])
+        raise SystemExit(f"{path} does not exist: name the directory of one run of train.py"
+                         + (f", as {runs}" if runs else ""))
     try:  # weights_only: a checkpoint from elsewhere must not be able to run code
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = Model(ModelConfig(**ckpt["config"]["model"]))

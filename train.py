@@ -155,12 +155,13 @@ def run_name(model, train, given):
     """Readable, and different for every configuration: flags that have no place in it enter as a
     hash of their names and values."""
     moe = "" if model.moe == "none" else f"-{model.moe}"
-    shown = ("fusion", "moe", "width", "depth", "tokens", "seed")
+    shown = ("fusion", "moe", "width", "depth", "tokens", "seed", "mixture")
     rest = {k: v for k, v in sorted(given.items()) if k not in shown + HOW}
     preset = "" if train.preset == "laptop" else f"-{train.preset}"
+    mixture = f"-{given['mixture']}" if "mixture" in given else ""
     tail = f"-{zlib.crc32(json.dumps(rest).encode()):08x}" if rest else ""
     return (f"{model.fusion}{moe}{preset}-w{model.width}-d{model.depth}-{train.tokens}"
-            f"-s{train.seed}{tail}")
+            f"-s{train.seed}{mixture}{tail}")
 
 
 def parse_grid(argv):
@@ -316,6 +317,7 @@ class Run:
         self.stopped = False  # somebody asked this run to stop
         self.last_loss, self.flushed = float("nan"), 0.0
         self.clock = None  # when the last step ended; None before a step that is not timed
+        self.said = time.perf_counter()  # when something was last printed
         self.stats = {"padding": 0, "D_vision": 0, "timed": 0, "spent": 0.0}
         if machine.is_cuda:
             torch.cuda.reset_peak_memory_stats(machine.device)
@@ -340,6 +342,10 @@ class Run:
             f"({rows} rows x {accumulation} micro-steps x {self.machine.world} ranks), "
             f"lr {cell.train.lr:.2g}, warmup {cell.train.warmup}, cooldown from {cell.branch}, "
             f"{device_name(self.machine)}" + (f", from step {self.step}" if self.step else ""))
+        asked = parse_count(cell.train.tokens)
+        if abs(D - asked) > 0.05 * asked:
+            self.machine.say(f"note: --tokens {cell.train.tokens} was rounded to whole steps; "
+                             "--tokens-per-step makes them smaller")
         if self.machine.rank == 0:
             text = json.dumps(self.config(), indent=1)
             path = self.cell.folder / "config.json"
@@ -378,6 +384,10 @@ class Run:
             self.stats["timed"] += 1
             self.stats["spent"] += now - self.clock
         self.clock = now
+        if not sys.stderr.isatty() and now - self.said > 30:  # where no progress bar is drawn
+            self.said = now
+            self.machine.say(f"{self.cell.name}: step {self.step} of {self.cell.steps}, "
+                             f"loss {self.last_loss:.3f}")
 
     def save(self, name):
         """The log first: a checkpoint never knows of a step that the log does not."""
@@ -465,10 +475,12 @@ def micro_rows(cell, machine):
     if rows % machine.world:
         raise SystemExit(f"{rows} rows a step cannot be shared by {machine.world} ranks: make "
                          f"--tokens-per-step a multiple of {machine.world * context}")
-    share, limit = rows // machine.world, 8192 // context  # a CPU's cache likes it small
+    share = rows // machine.world
+    layers = 2 if cell.model.checkpointing else cell.model.depth
+    # a CPU's cache likes it small, and 2 GB of fp32 activations are enough
+    limit = int(min(8192, 2e9 / (160 * cell.model.width * layers))) // context
     if machine.is_cuda:
         memory = torch.cuda.get_device_properties(machine.device).total_memory
-        layers = 2 if cell.model.checkpointing else cell.model.depth
         limit = int(0.4 * memory / (40 * cell.model.width * layers * context))
     wanted = cell.train.micro_rows or max(1, limit)
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, wanted))
@@ -526,6 +538,10 @@ def train(run, cells):
             # micro-steps: gradients add up, and go between ranks with the last one only
             totals = torch.zeros(6, device=machine.device)
             for i in range(accumulation):
+                if stop.asked and machine.world == 1:  # this step is done again after a restart
+                    run.record()
+                    run.save("ckpt.pt")
+                    return "stopped"
                 alone = machine.world == 1 or i == accumulation - 1
                 with contextlib.nullcontext() if alone else forward.no_sync():
                     totals += micro_step(run, forward, to_device(next(batches), machine))
@@ -571,10 +587,9 @@ def train(run, cells):
 
 
 def micro_step(run, forward, batch):
-    """Adds the gradient of the *sum* of a micro-batch's token losses to .grad: a mean over micro-
-    batches of unequal numbers of targets would weigh their tokens unequally. Returns (6,): sums
-    of loss and load_balancing_loss, targets, padding, image positions, 0 (a place to ask for a stop).
-    """
+    """Adds the gradient of the *sum* of a micro-batch's token losses to .grad: a mean over
+    micro-batches of unequal numbers of targets would weigh their tokens unequally. Returns (6,):
+    sums of loss and load_balancing_loss, targets, padding, image positions, 0 (room for a flag)."""
     with run.machine.autocast():
         out = forward(batch)
     balance = out.aux.get("load_balancing_loss", torch.zeros_like(out.loss)) * out.count
@@ -609,6 +624,7 @@ class StopSignal:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+        print("\nstopping after this step ...", file=sys.stderr, flush=True)
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -777,7 +793,8 @@ def show_sample(run):
         said = generate(model, prompt, min(64, room), stop=loader.eot,
                         n_vocab=loader.encoding.n_vocab)
     run.machine.say(f"a held-out picture: {loader.encoding.decode(truth)!r}\n"
-                    f"the model says:     {loader.encoding.decode(said)!r}")
+                    f"the model says:     {loader.encoding.decode(said)!r}\n"
+                    f"ask it more:        python model.py {run.cell.folder} --prompt \"the \"")
 
 
 def main(argv):
@@ -802,4 +819,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from the last checkpoint") from None

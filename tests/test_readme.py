@@ -77,7 +77,8 @@ def make_sources(home):
     for shard in range(2):
         with tarfile.open(home / f"dfn/0000{shard}.tar", "w") as tar:
             for i in range(50):
-                for name, content in ((f"{i:05}.png", picture(i)), (f"{i:05}.txt", b"picture %d" % i)):
+                caption = b"picture %d" % i
+                for name, content in ((f"{i:05}.png", picture(i)), (f"{i:05}.txt", caption)):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))

@@ -249,7 +249,7 @@ def test_vision_learning_rate_zero_freezes_the_encoder(tmp_path):
         assert torch.equal(trained[name], fresh[name]) == frozen, name
 
 
-# -- the command line --------------------------------------------------------------------------------
+# -- the command line ----------------------------------------------------------------------------
 
 
 def test_the_set_of_flags_is_frozen():
