@@ -1,7 +1,7 @@
 """The measured tables of results/fits.md: what fit_laws.py finds where the answer is known.
 
     python tests/fit_tables.py              all of it, some minutes on one core
-    python tests/fit_tables.py --studies 40 --resamples 400 --out /tmp/fits.md
+    python tests/fit_tables.py --studies 40 --resamples 400 --out fits.md
 
 Needs ../shared/fits (published tables, for checking only) and, for the times, scipy.
 """
