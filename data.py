@@ -376,10 +376,10 @@ class Row:
         a, b, piece = self.used, self.used + stop - start, slice(start, stop)
         self.tokens[a:b], self.target[a:b], self.nll[a:b] = ids[piece], target[piece], nll[piece]
         first = (patch[:start].max(initial=-1) + 1) // self.n_patches  # images before this piece
-        n_images = (patch[piece].max(initial=-1) + 1) // self.n_patches - first if b > a else 0
+        last = (patch[:stop].max(initial=-1) + 1) // self.n_patches  # and with it
         shift = (len(self.images) - first) * self.n_patches
         self.patch[a:b] = np.where(patch[piece] >= 0, patch[piece] + shift, -1)
-        self.images += document.images[first:first + max(n_images, 0)]
+        self.images += document.images[first:last]
         self.n_docs += 1
         self.doc[a:b] = self.n_docs
         self.used = b
@@ -933,9 +933,8 @@ def pack(sources, out, tokenizer="bytes", image_size=224, split="train", val_fra
     hint = f" (to pack one again, as when images were missing, delete its folder in {out})"
     print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them packed before"
           + (hint if len(todo) < len(jobs) else ""))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        run_jobs(todo, min(workers or cores or 1, len(todo)))
+        run_jobs(todo, min(workers or usable_cores(), len(todo)))
         return write_index(out, config, tokenizer)
     except (KeyboardInterrupt, BrokenProcessPool):
         raise SystemExit("interrupted, or a worker died (out of memory? try fewer --workers): "
@@ -997,8 +996,8 @@ def write_index(out, config, tokenizer):
     if not splits:
         raise SystemExit(f"no document could be packed into {out}: see the reasons above")
     meta = {"tokenizer": str(tokenizer), **config, "splits": splits, "skipped": skipped}
-    (out / "data.json.tmp").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    os.replace(out / "data.json.tmp", out / "data.json")
+    text = json.dumps(meta, indent=1)
+    write_whole(out / "data.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return meta
 
 
@@ -1211,8 +1210,24 @@ def draw_document(axes, y, segments, images, decode):
 
 
 # ---------------------------------------------------------------------------------------------
-# Command line
+# Files, cores and the command line
 # ---------------------------------------------------------------------------------------------
+
+
+def write_whole(path, write):
+    """write(temporary path), then rename: a reader sees the old file or the new one, never half."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def usable_cores():
+    """Cores that this process may use, which on a shared machine can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Parser(argparse.ArgumentParser):

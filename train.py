@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (KINDS, DataConfig, Loader, Parser, add_flags, parse_count, patchify,
-                  vocab_size)
+                  usable_cores, vocab_size, write_whole)
 from model import PRESETS, Block, Model, ModelConfig, generate
 
 
@@ -246,15 +246,6 @@ class Machine:
         return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
 
 
-def write_whole(path, write):
-    """write(temporary path), then rename: a reader sees the old file or the new one, never half."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 @contextlib.contextmanager
 def locked(path, wait):
     """Yields True while this process holds the lock file, False if another one does. The kernel
@@ -353,9 +344,9 @@ class Run:
 
     def record(self, lag=0):
         """Reads the numbers of the steps since the last call, but for the newest `lag` (to read
-        a number makes a GPU wait for it), and turns them into log lines, which
-        hold nothing that depends on the machine's speed: a resumed run's log is the same, bit
-        for bit. Returns ok, stopped (somebody asked a rank to) or diverged."""
+        a number makes a GPU wait for it), and turns them into log lines. These hold nothing that
+        depends on the machine's speed: a resumed run's log is the same, bit for bit. Returns ok,
+        stopped (somebody asked a rank to) or diverged."""
         if time.perf_counter() - self.flushed > 1:  # so that one can watch the log grow
             self.flush()
         first = self.step - len(self.pending)
@@ -391,16 +382,18 @@ class Run:
 
     def save(self, name):
         """The log first: a checkpoint never knows of a step that the log does not."""
-        self.flush()
+        self.flush(to_disk=True)
         if self.machine.rank == 0:
             write_whole(self.cell.folder / name, lambda path: torch.save(self.state(), path))
         self.clock = None
 
-    def flush(self):
+    def flush(self, to_disk=False):
+        """Appends to log.jsonl; only a checkpoint has to wait for the disk."""
         if self.machine.rank == 0 and self.lines:
             with open(self.cell.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in self.lines)
-                file.flush()
+        if self.machine.rank == 0 and to_disk:
+            with open(self.cell.folder / "log.jsonl", "rb+") as file:
                 os.fsync(file.fileno())
         self.lines, self.flushed = [], time.perf_counter()
 
@@ -727,12 +720,19 @@ def run_grid(cells, machine):
             if not machine.share(mine):
                 machine.say(f"{family[0].name} and its longer runs: another process is on them")
                 continue
-            for cell in family:
-                row = machine.share(finished(out).get(cell.name))
-                if row:
-                    machine.say(f"finished before: {summary(row)}")
-                elif not run_cell(cell, family, machine):
-                    return False
+            if not run_family(family, machine):
+                return False
+    return True
+
+
+def run_family(family, machine):
+    """What is not finished of a family; False if it was asked to stop."""
+    for cell in family:
+        row = machine.share(finished(cell.train.out).get(cell.name))
+        if row:
+            machine.say(f"finished before: {summary(row)}")
+        elif not run_cell(cell, family, machine):
+            return False
     return True
 
 
@@ -803,9 +803,8 @@ def main(argv):
     families = len({cell.family for cell in cells})
     on_cpu = cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available()
                                      and not torch.backends.mps.is_available())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     alone = not on_cpu or "RANK" in os.environ or os.name == "nt"  # no locks on Windows
-    jobs = 1 if alone else min(cfg.jobs or cores, families)
+    jobs = 1 if alone else min(cfg.jobs or usable_cores(), families)
     if jobs > 1:
         run_jobs(cells, argv, jobs)
     else:
