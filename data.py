@@ -1,4 +1,4 @@
-"""Documents of three kinds (captions, interleaved, text), packed into rows of fixed length.
+"""Documents (captions, interleaved, text, conversations), packed into rows of fixed length.
 
     python data.py pack --captions 'A/*.tar' --interleaved B --text 'C/*.jsonl.zst' --out data/real
     python data.py show procedural -n 4 --out page.png
@@ -46,8 +46,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 
-KINDS = ("caption", "interleaved", "text")  # the order of the paper's C-I-T mixtures (section 2.2)
+KINDS = ("caption", "interleaved", "text", "conversation")  # the order of a mixture: C-I-T, and
+PRETRAINING = KINDS[:3]  # for finetuning the last; the paper's loss is the mean over these three
+QUESTIONS = ("colour", "count", "relation", "compare")  # the procedural world's conversations
 IMAGE = -1  # stands for one whole image in Document.tokens; the row builder expands it to P patches
+READ = -2   # READ - id: this token is only read, not predicted (a question)
 MAX_PIXELS = 50_000_000   # a larger picture is skipped before it is decoded ("image bomb")
 MAX_BYTES = 200_000_000   # nothing is read past this from a picture or a member of an archive
 MIN_SIDE = 8              # smaller pictures are tracking pixels and rulers, not images
@@ -56,13 +59,27 @@ GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """tokens int32 (L,), with IMAGE where an image stands; images: uint8 (S, S, 3) each, in order;
+    """tokens int32 (L,), IMAGE where an image stands, READ - id for an id that is no target;
+    images: uint8 (S, S, 3) each, in order;
     nll float32 (L + 1,): the generator's own surprise in nats at each token and at the document's
     end, 0 where it had no choice; None where nobody knows (real data)."""
 
     tokens: np.ndarray
     images: list
     nll: np.ndarray | None = None
+
+
+class Question(str):
+    """A part of a document that is read and not predicted (supervised finetuning, section 7)."""
+
+
+class Answer(str):
+    """What a question asks for; the model has to predict it and the end-of-text after it."""
+
+
+def turn(question, answer):
+    """One exchange of a conversation, laid out the same in real and procedural data."""
+    return Question(f"\nquestion: {question}\nanswer:"), Answer(f" {answer}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -114,7 +131,7 @@ class Writer:
         tokens, nll = [], []
         for text, cost in self.parts:
             ids = [IMAGE] if text is None else list(text.encode())
-            tokens += ids
+            tokens += [READ - i for i in ids] if isinstance(text, Question) else ids
             nll += [cost] + [0.0] * (len(ids) - 1)
         nll.append(self.pending)  # what it cost to stop here
         return Document(np.array(tokens, np.int32), self.images, np.array(nll, np.float32))
@@ -217,6 +234,47 @@ class World:
                 w.parts, w.pending = start.parts, start.pending
                 return
 
+    def conversation(self, w, split):
+        """A question whose answer follows from the pictures: its floor is 0."""
+        getattr(self, w.rng.choice(QUESTIONS))(w, split)
+
+    def ask(self, w, scenes, question, answer):
+        for scene in scenes:
+            w.show(self.draw(scene, w.rng))
+        for part in turn(question, answer):
+            w.say(part)
+
+    def colour(self, w, split):
+        scene = self.scene(w.rng, split)
+        while len({thing for thing, _ in scene.values()}) < len(scene):  # "the" would be unclear
+            scene = self.scene(w.rng, split)
+        thing, colour = scene[w.rng.choice(sorted(scene))]
+        self.ask(w, [scene], f"what colour is the {self.names[thing]}?", list(COLOURS)[colour])
+
+    def count(self, w, split):
+        scene = self.scene(w.rng, split)
+        self.ask(w, [scene], "how many things?", COUNTS[len(scene)])
+
+    def relation(self, w, split):
+        scene = {}
+        while len({thing for thing, _ in scene.values()}) < max(2, len(scene)):
+            scene = self.scene(w.rng, split)
+        here, there = w.rng.sample(sorted(scene), 2)
+        down, right = (a - b for a, b in zip(divmod(here, GRID), divmod(there, GRID)))
+        vertical = abs(down) > abs(right) or abs(down) == abs(right) and w.rng.random() < 0.5
+        names = [self.names[scene[cell][0]] for cell in (here, there)]
+        above_or_left = (down if vertical else right) < 0
+        question = f"is the {names[0]} {'above' if vertical else 'left of'} the {names[1]}?"
+        self.ask(w, [scene], question, "yes" if above_or_left else "no")
+
+    def compare(self, w, split):
+        act, said = w.rng.choice(("left", "came", "turned", "moved")), ""
+        while act not in said or not self.belongs(after, split):  # both anew: all acts as likely
+            before = self.scene(w.rng, split)
+            after, what = self.any_change(dict(before), w.rng)
+            said = re.search(r"(left|came|moved|turned \w+),$", what)[1]
+        self.ask(w, [before, after], "what changed?", f"one {said}")
+
     def story(self, w):
         thing = self.thing(w.rng)
         w.charge(self.p[thing])
@@ -315,7 +373,7 @@ class DataConfig:
     """What to read. Shapes (context, image and patch size) belong to the model's config."""
 
     data: str = "procedural"  # the embedded world, or a folder that `data.py pack` wrote
-    mixture: str = "45-45-10"  # captions-interleaved-text, per cent of the rows (paper, Table 5)
+    mixture: str = "45-45-10"  # captions-interleaved-text[-conversations], % of rows (Table 5)
     augment: bool = False  # RandomResizedCrop of real images (paper, App. A)
     flip: bool = False  # mirror half of them, except where the text says left or right
     val_rows: int = 64  # validation rows for each kind
@@ -323,10 +381,11 @@ class DataConfig:
 
     def __post_init__(self):
         parts = self.mixture.split("-")
-        if not (len(parts) == 3 and all(p.isdigit() for p in parts)
+        if not (len(parts) in (3, 4) and all(p.isdigit() for p in parts)
                 and sum(map(int, parts)) == 100):
-            raise SystemExit(f"--mixture {self.mixture}: need three whole percentages "
-                             "captions-interleaved-text that add up to 100, as 45-45-10")
+            raise SystemExit(f"--mixture {self.mixture}: need whole percentages captions-"
+                             "interleaved-text, as 45-45-10, or with conversations, as 0-0-0-100, "
+                             "that add up to 100")
         if self.val_rows < 1 or self.workers < 0:
             raise SystemExit(f"--val-rows {self.val_rows} --workers {self.workers}: need at least "
                              "1 and 0")
@@ -337,14 +396,15 @@ def expand(document, eot, n_patches):
     (-1 = none) and nll of the target. One end-of-text goes before it, so that its first token has
     something to be predicted from; end-of-text is also what its last token predicts."""
     ids = np.concatenate([[eot], document.tokens])
-    following = np.concatenate([document.tokens, [eot]])  # IMAGE == -1 == no target
+    following = np.concatenate([document.tokens, [eot]])
     is_image = ids == IMAGE
+    ids = np.where(ids <= READ, READ - ids, ids)
     size = np.where(is_image, n_patches, 1)
     last = np.cumsum(size) - 1  # an image predicts from its last patch
     source = np.repeat(np.arange(len(ids)), size)
     patch = np.where(is_image[source], np.cumsum(is_image[source]) - 1, -1)
     target = np.full(len(source), -1)
-    target[last] = following
+    target[last] = np.maximum(following, -1)  # no target: an image (-1), a token only read (< -1)
     nll = np.zeros(len(source), np.float32)
     if document.nll is not None:
         nll[last] = document.nll
@@ -502,7 +562,7 @@ class Loader:
         percentages exactly, in an order shuffled by the seed: no sampling noise in the shares."""
         block, place = divmod(g, 100)
         order = np.random.default_rng((self.seed, 1, block)).permutation(100)
-        kinds = np.repeat(np.arange(3), self.percent)[order]
+        kinds = np.repeat(np.arange(len(self.percent)), self.percent)[order]
         kind = kinds[place]
         return KINDS[kind], block * self.percent[kind] + int((kinds[:place] == kind).sum())
 
@@ -567,7 +627,15 @@ class Loader:
         return self.orders[kind][1]
 
     def val_kinds(self):
-        return KINDS if self.world else self.packed["val"].kinds
+        """The paper's three, whatever the mixture; when it has conversations, only these."""
+        if self.percent[3:] > [0]:
+            return QUESTIONS if self.world else KINDS[3:]
+        return [kind for kind in PRETRAINING if self.world or kind in self.packed["val"].kinds]
+
+    def image_share(self):
+        """Image positions as a share of the first 100 rows (paper 1.4: D_v / D = 0.544)."""
+        rows = [self.row(g) for g in range(100)]
+        return sum((row.patch >= 0).sum() for row in rows) / sum(row.used for row in rows)
 
     def val_rows(self, kind):
         """Validation rows there are, at most cfg.val_rows."""
@@ -686,6 +754,8 @@ def read_samples(path):
         records = ({"text": "".join(lines)} for lines in pieces)
     elif path.suffix == ".zst":
         records = zstd_lines(path)
+    elif path.suffix == ".json":        # one list of all
+        records = json.loads(path.read_bytes())
     else:
         records = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
     records = (record for record in records if record not in (b"", b"\n", b"\r\n"))
@@ -753,6 +823,22 @@ def interleaved_parts(record, members, folder):
     return parts
 
 
+def conversation_parts(record, members, folder):
+    """LLaVA: "image", a name or a list of names, and "conversations", turns of {"from": "human",
+    "value": "<image>\\nWhat ...?"} and {"from": "gpt", "value": "..."}."""
+    names = record.get("image") or []
+    images = [find_image(name, members, folder)
+              for name in (names if isinstance(names, list) else [names])]
+    turns, parts = record["conversations"], []
+    for human, gpt in zip(turns[::2], turns[1::2]):
+        if (human["from"], gpt["from"]) != ("human", "gpt"):
+            return [Skip("turns are not human, gpt, human, gpt, ...")]
+        text = human["value"]
+        parts += [images.pop(0) for _ in range(min(text.count("<image>"), len(images)))]
+        parts += turn(text.replace("<image>", "").strip(), gpt["value"].strip())
+    return [*images, *parts]  # images that no turn names stand before all
+
+
 def find_image(value, members, folder):
     """Bytes of the image that a record names: in itself, in its tar or in a file beside it."""
     if isinstance(value, dict):         # OpenFlamingo's or MMC4's image_info, or parquet's image
@@ -775,7 +861,8 @@ def find_image(value, members, folder):
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 LAYOUTS = {"caption": (caption_parts, (".tar",)),
            "interleaved": (interleaved_parts, (".tar", ".parquet", *LINES)),
-           "text": (lambda record, members, folder: [record["text"]], (".txt", *LINES))}
+           "text": (lambda record, members, folder: [record["text"]], (".txt", *LINES)),
+           "conversation": (conversation_parts, (".json", *LINES))}
 
 
 def read_source(path, kind):
@@ -869,6 +956,8 @@ def pack_file(source, kind, folder, tokenizer, made_from):
                 skipped.setdefault(reason, [0, f"{source.name}: {key}"])[0] += 1
             if len(ids) == len(images) or kind == "caption" and not images:
                 continue                # no text, or a caption without its image
+            if kind == "conversation" and reasons:
+                continue                # about a picture that is not there
             chance = zlib.crc32(os.fsencode(f"{source.name}/{key}")) / 2**32    # always the same
             split = "val" if chance < made_from["val_share"] else "train"
             tables.setdefault(split, []).append((file.tell(), len(ids), len(images)))
@@ -896,12 +985,18 @@ def encode(parts, enc, store_size):
         part = load_image(part, store_size) if isinstance(part, bytes) else part
         if isinstance(part, Skip):
             reasons.append(part)
+        elif isinstance(part, Question):
+            ids += [READ - i for i in enc.encode_ordinary(part)]
+        elif isinstance(part, Answer):
+            ids += [*enc.encode_ordinary(part), enc.eot_token]
         elif isinstance(part, str):
             part = re.sub(r"(\s{9999})\s+", r"\1", part)  # on 1 MB of it, tiktoken overflows
             ids += enc.encode_ordinary(part) if part.strip() else []
         else:
             images.append(part)
             ids.append(IMAGE)
+    if ids and ids[-1] == enc.eot_token:    # what ends the document is added by `expand`
+        ids.pop()
     return ids, images, reasons if reasons or len(ids) > len(images) else ["no text"]
 
 
@@ -924,7 +1019,8 @@ def pack(sources, out, tokenizer="bytes", image_size=224, split="train", val_fra
         name = f"{real.name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:12]}"
         jobs.append((path, kind, out / kind / name, str(tokenizer), made_from))
     if not jobs:
-        raise SystemExit("nothing to pack: give --captions, --interleaved or --text files")
+        raise SystemExit("nothing to pack: give --captions, --interleaved, --text or "
+                         "--conversations files")
     done = {folder: shard["made_from"] for folder, shard in read_shards(out)}
     if any(config[x] != old[x] for old in done.values() for x in config):
         raise SystemExit(f"{out} was packed with another tokenizer than {tokenizer} or another "
@@ -1096,7 +1192,8 @@ class Packed:
         tokens = self.tokens(kind, i)
         images = [None] * int((tokens == IMAGE).sum())
         if flip and images[first_image:last_image]:
-            text = self.encoding.decode(tokens[tokens != IMAGE].tolist())
+            ids = np.where(tokens <= READ, READ - tokens, tokens)
+            text = self.encoding.decode(ids[ids != IMAGE].tolist())
             flip = not re.search(r"\b(left|right)", text, re.IGNORECASE)
         for j in range(len(images))[first_image:last_image]:
             pixels = self.image(kind, i, j)
@@ -1303,7 +1400,7 @@ def pack_command(argv=None):
     """Run `python data.py pack` with these flags."""
     parser = Parser(prog="data.py pack", description="Pack files of real data for training.")
     add = parser.add_argument
-    for flag in ("--captions", "--interleaved", "--text"):
+    for flag in ("--captions", "--interleaved", "--text", "--conversations"):
         add(flag, nargs="+", default=[], metavar="GLOB", help="files, folders or quoted globs")
     add("--out", required=True, help="folder for the packed data")
     add("--tokenizer", default="bytes", help="bytes, a tiktoken name or a path to a .tiktoken file")
@@ -1314,7 +1411,7 @@ def pack_command(argv=None):
     args = parser.parse_args(argv)
     if not 0 <= args.val_fraction < 1 or args.image_size < 1:
         raise SystemExit("--val-fraction must be in [0, 1) and --image-size at least 1")
-    sources = {"caption": args.captions, "interleaved": args.interleaved, "text": args.text}
+    sources = dict(zip(KINDS, (args.captions, args.interleaved, args.text, args.conversations)))
     pack(sources, args.out, args.tokenizer, args.image_size, args.split, args.val_fraction,
          args.workers)
 
@@ -1330,7 +1427,7 @@ def show_command(argv=None):
     add("--context", type=int, default=0, help="positions in a row; 0: 1024, 256 for procedural")
     add("--image-size", type=int, default=0, help="0: as packed; 32 for procedural")
     add("--patch-size", type=int, default=0, help="0: 1/16 of the image; 1/4 for procedural")
-    add("--mixture", default="45-45-10", help="captions-interleaved-text, per cent")
+    add("--mixture", default="45-45-10", help="captions-interleaved-text[-conversations], per cent")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     real = args.data != "procedural"

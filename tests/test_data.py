@@ -136,6 +136,48 @@ def told(world, before, after):
     return f"the {noun} moved,"
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_answers_follow_from_the_pictures(split):
+    """Reads the pictures back by their sprites and answers from them."""
+    world, rng = World(), random.Random(6)
+    for kind in data.QUESTIONS * 8:
+        document = world.document(kind, rng, split)
+        question, answer = asked(document)
+        scenes = [see(world, image) for image in document.images]
+        assert answer == {"colour": the_colour, "count": the_count, "relation": the_relation,
+                          "compare": the_change}[kind](world, question, *scenes)
+        assert document.nll.sum() == 0, "nothing is left to chance"
+
+
+def asked(document):
+    """(question, answer) of a document; only the answer is a target."""
+    read = bytes(data.READ - t for t in document.tokens if t <= data.READ).decode()
+    said = bytes(t for t in document.tokens if t >= 0).decode()
+    assert read.startswith("\nquestion: ") and read.endswith("\nanswer:")
+    return read.removeprefix("\nquestion: ").removesuffix("\nanswer:"), said.strip()
+
+
+def the_colour(world, question, scene):
+    name = question.removeprefix("what colour is the ").rstrip("?")
+    colour, = {colour for thing, colour in scene.values() if world.names[thing] == name}
+    return list(COLOURS)[colour]
+
+
+def the_count(world, question, scene):
+    return data.COUNTS[len(scene)]
+
+
+def the_relation(world, question, scene):
+    words = question.rstrip("?").split()
+    (y0, x0), (y1, x1) = (divmod(cell, GRID) for name in (words[2], words[-1])
+                          for cell, (thing, _) in scene.items() if world.names[thing] == name)
+    return "yes" if (y0 < y1 if "above" in words else x0 < x1) else "no"
+
+
+def the_change(world, question, before, after):
+    return f"one {told(world, before, after).rstrip(',').split(' ', 3)[-1]}"
+
+
 def test_splits_never_share_a_scene_or_a_story():
     world, rng = SmallWorld(), random.Random(6)  # small, so that chance repeats are certain
     scenes = {split: {repr(world.scene(rng, split)) for _ in range(3000)}
@@ -190,7 +232,7 @@ def test_every_hundred_rows_hold_the_mixture_exactly():
     kinds = [loader.kind_of(g) for g in range(300)]
     for block in range(3):
         count = collections.Counter(kind for kind, _ in kinds[100 * block:100 * (block + 1)])
-        assert [count[kind] for kind in KINDS] == [20, 40, 40]
+        assert [count[kind] for kind in KINDS] == [20, 40, 40, 0]
     for kind in KINDS:  # rows of a kind are numbered without gaps, so an epoch misses none
         assert [n for k, n in kinds if k == kind] == list(range(sum(k == kind for k, _ in kinds)))
 
@@ -203,7 +245,7 @@ def test_validation_rows_hold_whole_documents_and_an_exact_floor():
             row = loader.fill(kind, n, "val")
             documents = [loader.world.document(kind, rng, "val") for _ in range(row.n_docs)]
             assert row.nll.sum() == pytest.approx(sum(d.nll.sum() for d in documents), rel=1e-5)
-            assert (row.target >= 0).sum() == sum((d.tokens != IMAGE).sum() + 1 for d in documents)
+            assert (row.target >= 0).sum() == sum((d.tokens >= 0).sum() + 1 for d in documents)
 
 
 def toy_image(value):
@@ -236,6 +278,24 @@ def test_a_piece_of_a_document_brings_only_its_own_images():
     assert row.target.tolist()[:5] == [-1, -1, -1, 2, 9]
 
 
+def test_a_question_is_read_and_not_predicted():
+    """e i i i i q q A e | : the answer and the end-of-text are the only targets."""
+    row = Row(context=12, n_patches=4, eot=9)
+    q, r, answer = 5, 6, 7
+    document = Document(np.array([IMAGE, data.READ - q, data.READ - r, answer]), [toy_image(1)])
+    row.add(document)
+    assert row.tokens.tolist() == [9, 0, 0, 0, 0, q, r, answer, 0, 0, 0, 0]
+    assert row.target.tolist() == [-1] * 6 + [answer, 9] + [-1] * 4
+
+
+def test_a_finetuning_mixture_is_validated_on_its_questions():
+    loader = make_loader(mixture="10-0-0-90", val_rows=1)
+    assert tuple(loader.val_kinds()) == data.QUESTIONS
+    kinds = collections.Counter(loader.kind_of(g)[0] for g in range(100))
+    assert kinds == {"caption": 10, "conversation": 90}
+    assert tuple(make_loader().val_kinds()) == data.PRETRAINING == KINDS[:3]
+
+
 def test_patches_are_cut_in_reading_order():
     image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
     patches = data.patchify(image, 2)
@@ -249,7 +309,7 @@ def test_a_batch_without_images_has_a_dummy_one():
     assert batch["images"].shape == (1, 16, 192) and (batch["patch_index"] == -1).all()
 
 
-@pytest.mark.parametrize("mixture", ["45-45", "50-50-50", "a-b-c", "45-45-10-0"])
+@pytest.mark.parametrize("mixture", ["45-45", "50-50-50", "a-b-c", "45-45-10-1", "20-20-20-20-20"])
 def test_bad_mixture_is_one_clear_line(mixture):
     with pytest.raises(SystemExit, match="add up to 100"):
         DataConfig(mixture=mixture)

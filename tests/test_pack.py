@@ -203,6 +203,41 @@ def test_white_space_without_end_is_shortened(tmp_path):
 
 # ---- damage: counted, named, survived
 
+def test_conversations_keep_their_layout_and_what_is_a_target(tmp_path):
+    """LLaVA's json: questions are stored as read only, each answer ends with end-of-text."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(picture())
+    def turns(*texts):
+        return [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(texts)]
+    records = [
+        {"id": "1", "image": "a.png", "conversations": turns("<image>\nWhat?", "A dot.",
+                                                             "Really?", "Yes.")},
+        {"id": "2", "conversations": turns("Only text?", "Yes.")},
+        {"id": "3", "image": "gone.png", "conversations": turns("<image>\nWhat?", "?")},
+        {"id": "4", "image": "a.png", "conversations": turns("<image>\nNo answer")},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(records), encoding="utf-8")
+    meta, packed = pack_one(tmp_path, "conversation", tmp_path / "a.json")
+    documents = [packed.document("conversation", i, 16) for i in range(2)]
+    assert packed.n_docs("conversation") == 2 and len(documents[0].images) == 1
+    assert "missing image" in skipped(meta) and "no text" in skipped(meta)
+    tokens = documents[0].tokens
+    read = bytes(data.READ - t for t in tokens if t <= data.READ).decode()
+    assert read == "\nquestion: What?\nanswer:\nquestion: Really?\nanswer:"
+    end = packed.encoding.eot_token
+    said = [t for t in tokens.tolist() if t >= 0]
+    assert said == [*b" A dot.", end, *b" Yes."]  # the last end-of-text is added with the row
+
+
+def test_published_conversations_become_answers(tmp_path):
+    meta, packed = pack_one(tmp_path, "conversation", ALT / "captions_llava_json" / "data.json")
+    records = json.loads((ALT / "captions_llava_json" / "data.json").read_text("utf-8"))
+    answers = {record["conversations"][1]["value"].strip() for record in records}
+    tokens = packed.tokens("conversation", 0)
+    assert packed.encoding.decode(tokens[tokens >= 0].tolist()).strip() in answers
+    assert packed.n_docs("conversation") > 0.9 * len(records)
+
+
 def test_bad_captions_are_counted(tmp_path):
     good, jpeg = picture(), picture(size=(300, 200), fmt="JPEG")
     path = write_tar(tmp_path / "a.tar", [
