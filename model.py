@@ -1,6 +1,7 @@
 """One readable transformer over text and image patches, early or late fusion.
 
     python model.py RUN_DIR --image cat.png --prompt "a photo of"
+    python model.py --sizes
 
 Dimensions: B rows, T positions of a row, W width, H heads, Hd head dim, F ffn hidden, L layers,
             I images in the batch, P patches of an image, V vocabulary, K text targets, E experts.
@@ -10,7 +11,9 @@ silent (norms, positions, init, heads) we follow DCLM / open_lm, the decoder it 
 """
 import math
 import pickle
+import re
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +37,7 @@ class ModelConfig:
     moe: str = "none"  # none; learned: a router; modality: one text and one image expert
     experts: int = 8  # experts of a learned MoE layer
     top_k: int = 1  # experts a token goes to
+    granularity: int = 1  # learned MoE: each expert's hidden size is the dense one divided by this
     width: int = 64  # of the decoder
     depth: int = 4  # blocks of the decoder
     heads: int = 0  # attention heads; 0: a head dim near 64
@@ -60,6 +64,10 @@ class ModelConfig:
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         require(self.moe != "learned" or self.top_k <= self.experts,
                 f"top_k {self.top_k} exceeds experts {self.experts}")
+        require(self.moe == "learned" or self.granularity == 1,
+                f"granularity {self.granularity} needs moe learned, not {self.moe}")
+        require(self.hidden % self.granularity == 0,
+                f"ffn hidden size {self.hidden} is not divisible by granularity {self.granularity}")
         require(self.context >= self.n_patches + 2,
                 f"context {self.context} is too short for one image of {self.n_patches} patches, "
                 f"BOS and one text token: use at least {self.n_patches + 2}")
@@ -238,7 +246,7 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = norm(width), norm(width)
         self.attention = Attention(width, head_dim, layer)
         self.ffn = (SwiGLU(width, hidden, layer) if moe == "none" else
-                    MoE(width, hidden, layer, cfg.experts, cfg.top_k, routing=moe))
+                    MoE(width, hidden // cfg.granularity, layer, cfg.experts, cfg.top_k, moe))
 
     def forward(self, x, mask=None, rope=None, kind=None, cache=None):
         """x (B,T,W), kind (B,T) 0 text, 1 image, -1 padding -> x (B,T,W), MoE stats or None.
@@ -457,21 +465,138 @@ def sample(logits: torch.Tensor, temperature: float, top_k: int, generator) -> i
 def load_model(run_dir: str) -> tuple:
     """RUN_DIR/ckpt.pt -> Model on the CPU and the checkpoint's data settings (dict). SystemExit,
     one line, when there is none or it is not one of train.py's."""
-    path = Path(run_dir) if Path(run_dir).name == "ckpt.pt" else Path(run_dir, "ckpt.pt")
-    if not path.is_file():
-        runs = ", ".join(str(p.parent) for p in sorted(Path(run_dir).glob("*/ckpt.pt"))[:9])
-        raise SystemExit(f"{path} does not exist: name the directory of one run of train.py"
-                         + (f", as {runs}" if runs else ""))
-    try:  # weights_only: a checkpoint from elsewhere must not be able to run code
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    path, ckpt = read_checkpoint(run_dir)
+    with reading(path):
         model = Model(ModelConfig(**ckpt["config"]["model"]))
         model.load_state_dict(ckpt["model"])
         return model.eval(), ckpt["config"]["data"]
+
+
+def read_checkpoint(source: str) -> tuple:
+    """A run's directory, or a file written by torch.save -> its Path and content, on the CPU."""
+    path = Path(source, "ckpt.pt") if Path(source).is_dir() else Path(source)
+    if not path.is_file():
+        runs = ", ".join(str(p.parent) for p in sorted(path.parent.glob("*/ckpt.pt"))[:9])
+        raise SystemExit(f"{path} does not exist: name the directory of one run of train.py"
+                         + (f", as {runs}" if runs else ""))
+    with reading(path):  # weights_only: a file from elsewhere must not be able to run code
+        return path, torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def reading(path: Path):
+    try:
+        yield
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError,
-            ValueError) as error:
+            ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise SystemExit(f"{path} is not a checkpoint of this model.py ({reason}): train it "
                          "again, or use the code it was trained with") from None
+
+
+def read_weights(source: str, heads: int = 0) -> tuple:
+    """Weights to start from (paper 3.3): a run of train.py, or a .pt file of open_lm / DCLM ->
+    config, the fields of ModelConfig that they decide (of a run, all), and weights, our parameter
+    name -> tensor on the CPU. heads: see from_open_lm. SystemExit, one line, for anything else."""
+    path, ckpt = read_checkpoint(source)
+    with reading(path):
+        own = "config" in ckpt
+        return (ckpt["config"]["model"], ckpt["model"]) if own else from_open_lm(ckpt, heads, path)
+
+
+# open_lm's modules -> ours; where there are several, its matrix holds them one after another
+OPEN_LM = {"tok_embeddings": "embedding", "in_proj": "q k v", "out_proj": "out", "w12": "gate up",
+           "w3": "down", "output": "head", "q_norm": "q_norm", "k_norm": "k_norm", "norm": "norm",
+           "attention_norm": "attention_norm", "ffn_norm": "ffn_norm"}
+
+
+def from_open_lm(state: dict, heads: int = 0, source: str = "the state dict") -> tuple:
+    """A state dict of mlfoundations/open_lm with DCLM's choices (gain-only norms, QK-norm, SwiGLU,
+    "rotary"), or one under "state_dict", names after "module." or "model." -> as read_weights.
+    heads: used where no inv_freq tells them. SystemExit for what our decoder has no place for."""
+    def need(condition, reason):
+        if not condition:
+            raise SystemExit(f"{source} cannot be read as weights of open_lm: {reason}")
+
+    state = {re.sub(r"^((module|model)\.)+", "", name): tensor
+             for name, tensor in state.get("state_dict", state).items()}
+    for name in ("tok_embeddings.weight", "layers.0.feed_forward.w3.weight"):
+        need(name in state, f"it has no {name}")
+    vocab_size, width = state["tok_embeddings.weight"].shape
+    hidden = state["layers.0.feed_forward.w3.weight"].shape[1]
+    multiple = next((m for m in (256, 16) if ffn_hidden(width, m) == hidden), 0)
+    need(multiple, f"ffn hidden size {hidden} is not 8/3 of width {width}, rounded up to 256 or 16")
+    rates = state.get("layers.0.attention.pos_embed.inv_freq", ())               # (Hd/2,)
+    heads = width // (2 * len(rates)) if len(rates) else heads
+    need(heads and width % (2 * heads) == 0, f"{heads} heads for width {width}: give --heads")
+    weights = {}
+    for name, tensor in state.items():
+        path, module, kind = f"..{name}".rsplit(".", 2)
+        if kind == "inv_freq" or kind == "bias" and not tensor.any():
+            continue
+        need(kind == "weight" and module in OPEN_LM, f"this decoder has no place for its {name}")
+        path, parts = path.replace("layers", "blocks"), OPEN_LM[module].split()
+        for part, piece in zip(parts, tensor.chunk(len(parts))):
+            if part in ("q", "k", "q_norm", "k_norm"):  # rows in the order of our RoPE: its one
+                # turns element j of a head with j + Hd/2, ours 2j with 2j + 1
+                piece = piece.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+            weights[f"{path}.{part}.weight".lstrip(".").replace("feed_forward", "ffn")] = piece
+    depth = sum("in_proj" in name for name in state)
+    return dict(width=width, depth=depth, heads=heads, vocab_size=vocab_size,
+                mlp_multiple=multiple), weights
+
+
+@torch.no_grad()
+def adopt(model: Model, weights: dict, part: str, source: str):
+    """Copies weights (name -> tensor) into the model: part "vision", the names that start with
+    "vision.", or "decoder", all others. Before anything is copied, a name or shape that differs is
+    a SystemExit, one line. A number of heads shows in no shape: take it from read_weights."""
+    require(part in ("decoder", "vision"), f"part {part!r} is unknown: use decoder or vision")
+    ours, theirs = ({name: tensor for name, tensor in named
+                     if name.startswith("vision.") == (part == "vision")}
+                    for named in (model.named_parameters(), weights.items()))
+    for name in ours | theirs:
+        need, have = (tuple(d[name].shape) if name in d else "missing" for d in (ours, theirs))
+        remedy = "give the " + ("--vision-width, --vision-depth" if part == "vision" else
+                                "--width, --depth and --moe") + " of the run it is from"
+        if name in ("embedding.weight", "head.weight") and need[0] != have[0]:
+            remedy = "pack the data with the tokenizer the weights were trained with"
+        if need != have:
+            raise SystemExit(f"{source}: {name} is {have} there, {need} in this model: {remedy}")
+    for name, parameter in ours.items():
+        parameter.copy_(theirs[name])
+
+
+IMAGE_SHARE = 0.544  # of the tokens of the paper's 45-45-10 mixture (D_v / D, App. C.2)
+
+
+def print_sizes():
+    """A line for each of PRESETS, and for the early ones with 8 experts: parameters in billions,
+    FLOPs to train on a token, 6 (N + 0.544 N_v), and the tokens in billions that 1e20 to 1e22 buy.
+
+    GB (1e9 bytes) on a GPU are an estimate, and only the first term is sharp. DDP: 16 bytes a
+    parameter (fp32 weight and gradient, two moments of Adam) and 14 for each of the 2^26 logits
+    that head_loss allows. FSDP/8: an eighth of the 16, one whole block in bf16, the logits. "row"
+    is what each row of 1024 tokens in the micro-batch adds, with --checkpointing: for each token
+    and unit of width, 4 bytes in every block (its fp32 input) and 54 in the one recomputed (counted
+    in bf16 without torch.compile, which needs less). Left out: DDP's buckets (up to 4 bytes a
+    parameter), copies of routed tokens, the gaps of the allocator, CUDA itself."""
+    print("name  fusion    width   img      N    N_v N_total  GFLOP    DDP FSDP/8   row"
+          "    1e20    1e21    1e22")
+    for name, moe in [(name, moe) for moe in ("none", "learned") for name in PRESETS
+                      if moe == "none" or PRESETS[name]["fusion"] == "early"]:
+        cfg = ModelConfig(**{k: v for k, v in PRESETS[name].items() if k != "lr"}, moe=moe)
+        with torch.device("meta"):  # shapes without memory
+            model = Model(cfg)
+        n, flops, logits = model.num_params(), model.flops(1, IMAGE_SHARE), 14 * 2 ** 26
+        block = sum(p.numel() for p in model.blocks[0].parameters())
+        row = 54 * cfg.width + 4 * cfg.depth * (cfg.width + IMAGE_SHARE * cfg.vision_width)
+        in_billions = (n["N"], n["N_vision"], n["N_total"], flops, 16 * n["N_total"] + logits,
+                       2 * n["N_total"] + 2 * block + logits, cfg.context * row,
+                       *(budget / flops for budget in (1e20, 1e21, 1e22)))
+        print(("{:6}{:10}{:5}{:6}{:7.3f}{:7.3f}{:8.3f}{:7.3f}{:7.1f}{:7.1f}{:6.2f}" + 3 * "{:8.1f}")
+              .format(name, cfg.fusion + " moe" * (moe != "none"), cfg.width, cfg.vision_width,
+                      *(x / 1e9 for x in in_billions)))
 
 
 def read_image(path: str, size: int):
@@ -489,7 +614,8 @@ def read_image(path: str, size: int):
 def main(argv=None):
     from data import Parser, get_tokenizer, patchify  # here: as a module, this needs only torch
     parser = Parser(prog="model.py", description="Continue images and text with a trained model.")
-    parser.add_argument("run_dir", help="directory of one run, with ckpt.pt")
+    parser.add_argument("run_dir", nargs="?", help="directory of one run, with ckpt.pt")
+    parser.add_argument("--sizes", action="store_true", help="print the paper's sizes, and stop")
     parser.add_argument("--image", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompt", default="", help="text after the images")
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -497,6 +623,10 @@ def main(argv=None):
     parser.add_argument("--top-k", type=int, default=0, help="sample among this many, 0: all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.sizes:
+        return print_sizes()
+    if not args.run_dir:
+        parser.error("name the directory of one run of train.py, or give --sizes")
     model, data = load_model(args.run_dir)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, cfg = get_tokenizer(data["tokenizer"]), model.cfg

@@ -50,6 +50,9 @@ class MoE(nn.Module):
             weights.append((self.router, width ** -0.5))
         for weight, std in weights:
             nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+        # torch.compile asks and does not trace the probe; here, as the mark imports the compiler,
+        # a second that a dense model need not wait
+        torch.compiler.assume_constant_result(use_grouped_mm)
 
     def forward(self, x, kind):
         flat, kind = x.flatten(0, 1), kind.flatten()                             # (N,W), (N,)
@@ -157,7 +160,6 @@ def looped_experts(x, gate, up, down, load):
                       for part, g, u, d in slices])
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks, and does not trace the probe
 def use_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
     return probe_grouped_mm(device, dtype)
 

@@ -12,8 +12,10 @@ started with the same command share the work.
 Dimensions:  B rows in a micro-batch   T context
 """
 
+import bisect
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -31,9 +33,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (KINDS, DataConfig, Loader, Parser, add_flags, parse_count, patchify,
+from data import (PRETRAINING, DataConfig, Loader, Parser, add_flags, parse_count, patchify,
                   usable_cores, vocab_size, write_whole)
-from model import PRESETS, Block, Model, ModelConfig, generate
+from model import PRESETS, Block, Model, ModelConfig, adopt, generate, read_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,10 @@ class TrainConfig:
 
     out: str = "runs/demo"  # folder of the study: results.jsonl and one folder a run
     preset: str = "laptop"  # laptop, or a size of the paper's Table 6: 275m .. 8.13b, late 289m ..
+    init: str = ""  # start from these weights: a run's folder, or a .pt of open_lm (5.12, 5.13)
+    init_vision: str = ""  # late fusion: start from the encoder of this run (5.12)
+    match: str = ""  # params, text, flops: the early width that equals late fusion of --width (5.9)
+    equal_text: bool = False  # scale context and tokens so that any image size reads one text (5.8)
     tokens: str = "4M"  # D, training tokens; counts may end in K, M or B
     tokens_per_step: int = 1024  # tokens a step over all ranks; accumulation is derived
     micro_rows: int = 0  # rows at once on a device; 0 = what memory should allow
@@ -70,11 +76,14 @@ class TrainConfig:
             raise ValueError(f"--cooldown {self.cooldown} is not a share between 0 and 1")
         if self.compile not in ("auto", "on", "off"):
             raise ValueError(f"--compile {self.compile}: need auto, on or off")
+        if self.match not in ("", *MATCHES):
+            raise ValueError(f"--match {self.match}: need one of {', '.join(MATCHES)}")
 
 
 # Fields that say how or where a run is computed, not what it computes: no part of its identity.
 HOW = ("out", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device", "compile",
        "jobs", "workers", "checkpointing")
+MATCHES = ("params", "text", "flops")
 LAPTOP = dict(width=64, depth=4, context=256, image_size=32, patch_size=8)
 
 
@@ -125,22 +134,80 @@ def make_cell(given):
     if preset != "laptop" and preset not in PRESETS:
         raise SystemExit(f"--preset {preset}: need laptop or one of {', '.join(PRESETS)}")
     base = LAPTOP if preset == "laptop" else {"tokens_per_step": 2048 * 1024, **PRESETS[preset]}
-    values = {**base, **given}
-    vocabulary = max(base.get("vocab_size", 0), vocab_size(values.get("data", "procedural")))
-    model = config_of(ModelConfig, {**values, "vocab_size": vocabulary})
-    data, train = config_of(DataConfig, values), config_of(TrainConfig, values)
-    if train.tokens_per_step % model.context:
-        raise SystemExit(f"--tokens-per-step {train.tokens_per_step}: need whole rows, a multiple "
-                         f"of --context {model.context}")
+    known = {}  # the sizes of the weights to start from
+    if given.get("init"):
+        known, _ = read_weights(given["init"], given.get("heads", 0))
+    values = {"tokens_per_step": TrainConfig.tokens_per_step, **base, **known, **given}
+    values["vocab_size"] = max(base.get("vocab_size", 0),
+                               vocab_size(values.get("data", DataConfig.data)))
+    if values.get("fusion") == "late":  # the same run whatever matches it
+        given = {k: v for k, v in given.items() if k != "match"}
+        values["match"] = ""
+    train = config_of(TrainConfig, values)
     try:
         steps = max(1, round(parse_count(train.tokens) / train.tokens_per_step))
     except ValueError:
         raise SystemExit(f"--tokens {train.tokens}: need a count as 500K, 2M or 1e6") from None
-    warmup = 64 if preset == "laptop" else paper_warmup(steps, model.moe != "none")
+    if train.match:
+        values["width"] = matched_width(values)
+    if train.equal_text:
+        values.update(same_text(values, {**base, **known}))
+    return cell_of(given, values, steps)
+
+
+def cell_of(given, values, steps):
+    """The cell of these fields, with what is left to derive."""
+    model, data, train = (config_of(kind, values)
+                          for kind in (ModelConfig, DataConfig, TrainConfig))
+    if train.tokens_per_step % model.context:
+        raise SystemExit(f"--tokens-per-step {train.tokens_per_step}: need whole rows, a multiple "
+                         f"of --context {model.context}")
+    if train.init_vision and model.fusion != "late":
+        raise SystemExit("--init-vision: only late fusion has an encoder; add --fusion late")
+    warmup = 64 if train.preset == "laptop" else paper_warmup(steps, model.moe != "none")
     train = dataclasses.replace(train, lr=train.lr or 0.19 / model.width,
                                 warmup=train.warmup or warmup)
     branch = steps - int(steps * train.cooldown)
     return Cell(model, data, train, steps, branch, run_name(model, train, given))
+
+
+@functools.cache
+def positions(data, context, image_size, patch_size):
+    return Loader(data, 0, context, image_size, patch_size).positions()
+
+
+def matched_width(values):
+    """The width at which early fusion is nearest to late fusion of --width: in the parameters of
+    decoder and encoder ("params"), in those of the decoder ("text"), or in training FLOPs (paper
+    1.4: an encoder counts by the share of positions that are images)."""
+    def count(fusion, width):
+        fields = {**values, "fusion": fusion, "width": width}
+        with torch.device("meta"):
+            return Model(config_of(ModelConfig, fields)).num_params()
+
+    shape = config_of(ModelConfig, values)
+    text, image = positions(config_of(DataConfig, values), shape.context, shape.image_size,
+                            shape.patch_size)
+    encoder = {"params": 1, "text": 0, "flops": image / (text + image)}[values["match"]]
+    late, step = count("late", shape.width), 4 if shape.width < 512 else 16
+    widths = range(16, 4 * shape.width, step)
+    goal = late["N"] + encoder * late["N_vision"]
+    above = bisect.bisect(widths, goal, key=lambda width: count("early", width)["N"])
+    near = widths[max(0, above - 1):above + 1]
+    return min(near, key=lambda width: abs(count("early", width)["N"] - goal))
+
+
+def same_text(values, base):
+    """Context and tokens a step at which a row holds as much text as it does with the base's
+    patches (5.8: text tokens a sample are kept equal): images take more room, so rows grow."""
+    data, wanted = config_of(DataConfig, values), {**base, **values}
+    image_size, patch_size = wanted["image_size"], wanted["patch_size"]
+    start = wanted["context"]
+    goal, _ = positions(data, start, base["image_size"], base["patch_size"])
+    context = start + (image_size // patch_size) ** 2
+    for _ in range(4):  # text grows about as the row does: each round is nearer
+        context = round(context * goal / positions(data, context, image_size, patch_size)[0])
+    return {"context": context, "tokens_per_step": values["tokens_per_step"] // start * context}
 
 
 def config_of(kind, values):
@@ -334,7 +401,7 @@ class Run:
             f"lr {cell.train.lr:.2g}, warmup {cell.train.warmup}, cooldown from {cell.branch}, "
             f"{device_name(self.machine)}" + (f", from step {self.step}" if self.step else ""))
         asked = parse_count(cell.train.tokens)
-        if abs(D - asked) > 0.05 * asked:
+        if abs(D - asked) > 0.05 * asked and not cell.train.equal_text:
             self.machine.say(f"note: --tokens {cell.train.tokens} was rounded to whole steps; "
                              "--tokens-per-step makes them smaller")
         if self.machine.rank == 0:
@@ -429,8 +496,23 @@ class Run:
                   and (c.folder / "trunk.pt").exists()]
         if trunks:
             return self.restore(max(trunks, key=lambda c: c.branch).folder, "trunk.pt")
+        self.start_from()
         if self.machine.rank == 0:  # a log without a checkpoint: killed before the first one
             (self.cell.folder / "log.jsonl").write_text("", encoding="utf-8")
+
+    def start_from(self):
+        """Takes over the weights that --init and --init-vision name. The vision part comes with the
+        decoder only where both are of one fusion."""
+        cfg = self.cell.train
+        for part, path in (("decoder", cfg.init), ("vision", cfg.init_vision or cfg.init)):
+            if not path:
+                continue
+            known, weights = read_weights(path, self.cell.model.heads)
+            if part == "decoder" or known.get("fusion") == self.cell.model.fusion:
+                adopt(self.model, weights, part, path)
+                self.machine.say(f"{self.cell.name}: {part} from {path}")
+            elif cfg.init_vision:
+                raise SystemExit(f"--init-vision {path}: not a run of late fusion")
 
 
 def make_optimizer(model, cfg, machine):
@@ -487,22 +569,42 @@ def evaluate(run):
     machine, cell, result = run.machine, run.cell, {}
     run.model.eval()
     for kind in run.loader.val_kinds():
-        total = torch.zeros(3, dtype=torch.float64)  # loss, floor, targets
+        total = torch.zeros(5, dtype=torch.float64)  # loss, floor, targets, right, answers
         for batch in run.loader.val_batches(kind, micro_rows(cell, machine), machine.rank,
                                             machine.world):
             with machine.autocast():
-                loss = run.model(to_device(batch, machine)).token_loss.cpu().double().sum()
-            total += torch.tensor([loss, batch["nll"].double().sum(), len(batch["nll"])])
-        loss, floor, count = machine.sum(total).tolist()
+                inputs = to_device(batch, machine)
+                loss = run.model(inputs).token_loss.cpu().double().sum()
+                right = (0, 0) if kind in PRETRAINING else right_answers(run.model, inputs)
+            total += torch.tensor([loss, batch["nll"].double().sum(), len(batch["nll"]), *right])
+        loss, floor, count, right, answers = machine.sum(total).tolist()
         result[f"loss_{kind}"] = loss / count
+        if answers:
+            result[f"accuracy_{kind}"] = right / answers
         if run.loader.knows_floor:
             result[f"floor_{kind}"] = floor / count
     run.model.train()
-    for name in ("loss", "floor"):
+    for name in ("loss", "floor", "accuracy"):
         values = [v for k, v in result.items() if k.startswith(name + "_")]
         if values:
             result[name] = sum(values) / len(values)
     return result
+
+
+def right_answers(model, batch):
+    """(answers that are right in every token, answers), an answer being a run of targets. Each
+    token is judged after the true ones before it: greedy decoding would get the same answers
+    exactly right, at a hundred times the cost."""
+    at = batch["target_index"]
+    x, _ = model.decode(batch)                                                   # (B,T,W)
+    said = model.head(x.flatten(0, 1)[at]).argmax(-1)                            # (K,)
+    wrong = (said != batch["targets"].flatten()[at]).long()                      # (K,)
+    begins = torch.ones_like(at)
+    begins[1:] = at[1:] != at[:-1] + 1
+    number = begins.cumsum(0) - 1                                                # (K,) its answer's
+    mistakes = torch.zeros(int(number[-1]) + 1, dtype=torch.long, device=at.device)
+    mistakes.index_add_(0, number, wrong)                                        # (answers,)
+    return int((mistakes == 0).sum()), len(mistakes)
 
 
 def to_device(batch, machine):
@@ -633,13 +735,15 @@ def result_row(run, status, losses):
     experts = {"none": 1, "modality": 2, "learned": model.experts}[model.moe]
     return {
         "run": cell.name, "fusion": model.fusion, "moe": model.moe, "n_experts": experts,
-        "top_k": model.top_k if model.moe == "learned" else 1, "width": model.width,
-        "depth": model.depth, "vision_width": model.encoder_width if n["N_vision"] else 0, **n,
+        "top_k": model.top_k if model.moe == "learned" else 1, "granularity": model.granularity,
+        "width": model.width, "depth": model.depth,
+        "vision_width": model.encoder_width if n["N_vision"] else 0, **n,
         "D": D, "D_vision": D_vision, "padding": stats["padding"] / max(D, 1),
         "C": run.model.flops(D, D_vision), **losses, "mixture": cell.data.mixture,
         "data": cell.data.data, "image_size": model.image_size, "patch_size": model.patch_size,
         "context": model.context, "tokens_per_step": cfg.tokens_per_step, "steps": cell.steps,
-        "lr": cfg.lr, "warmup": cfg.warmup, "seed": cfg.seed,
+        "lr": cfg.lr, "vision_lr": cfg.vision_lr, "warmup": cfg.warmup, "seed": cfg.seed,
+        "init": cfg.init, "init_vision": cfg.init_vision, "match": cfg.match,
         "tok_per_s": round(speed / max(stats["spent"], 1e-9), 1),
         "wall_s": round(stats["spent"], 2),
         "peak_mem_mb": round(run.machine.peak_mem_mb(), 1), "device": device_name(run.machine),
@@ -688,7 +792,7 @@ def run_cell(cell, cells, machine):
     if machine.rank == 0:
         append_result(cell.train.out, row)
     machine.say(summary(row))
-    if status == "ok" and len(cells) == 1 and "caption" in run.loader.val_kinds():
+    if status == "ok" and len(cells) == 1:
         show_sample(run)
     return not run.stopped
 
@@ -698,9 +802,11 @@ def summary(row):
     if row["status"] != "ok":
         return f"{row['run']}: {row['status']} (the loss was no longer a number)"
     def pair(kind):
-        floor = row.get(f"floor{kind}")
-        return f"{row[f'loss{kind}']:.3f}" + ("" if floor is None else f" (floor {floor:.3f})")
-    kinds = " | ".join(f"{k} {pair('_' + k)}" for k in KINDS if f"loss_{k}" in row)
+        floor, right = row.get(f"floor{kind}"), row.get(f"accuracy{kind}")
+        beside = f"{100 * right:.0f} % right" if right is not None else \
+            f"floor {floor:.3f}" if floor is not None else ""
+        return f"{row[f'loss{kind}']:.3f}" + (f" ({beside})" if beside else "")
+    kinds = " | ".join(f"{key[5:]} {pair(key[4:])}" for key in row if key.startswith("loss_"))
     return (f"{row['run']}: N {row['N']:,} D {row['D']:,} | loss {pair('')} | {kinds} | "
             f"{row['tok_per_s']:,.0f} tokens/s")
 
@@ -782,17 +888,23 @@ def steps_done(cell):
 def show_sample(run):
     """A held-out picture, what the data says of it, and what the model says."""
     loader, model = run.loader, run.model
-    rows = (loader.fill("caption", n, "val") for n in range(loader.val_rows("caption")))
-    row = next((row for row in rows if row.images), None)
+    kind = loader.val_kinds()[0]  # captions, or the first kind of question
+    rows = (loader.fill(kind, n, "val") for n in range(loader.val_rows(kind)))
+    row = next((row for row in rows if row.patch[1] == 0), None)  # begins with a picture
     if row is None:
         return
-    truth = row.tokens[(row.doc == 1) & (row.patch < 0)][1:].tolist()  # without its end-of-text
-    prompt = [[loader.eot], torch.from_numpy(patchify(row.images[0], loader.patch_size))]
-    room = model.cfg.context - model.cfg.n_patches - 1
+    first = int((row.target >= 0).argmax()) + 1  # positions up to the first prediction
+    image = torch.from_numpy(patchify(row.images[0], loader.patch_size))
+    asked = row.tokens[:first][row.patch[:first] < 0].tolist()
+    truth = itertools.takewhile(lambda token: token not in (loader.eot, -1), row.target[first - 1:])
+    prompt = [asked[:1], image, asked[1:]]  # end-of-text, the picture, the question if there is one
+    room = model.cfg.context - model.cfg.n_patches - len(asked)
     with torch.compiler.set_stance("force_eager"):  # a growing prompt would compile at each token
         said = generate(model, prompt, min(64, room), stop=loader.eot,
                         n_vocab=loader.encoding.n_vocab)
-    run.machine.say(f"a held-out picture: {loader.encoding.decode(truth)!r}\n"
+    question = loader.encoding.decode(asked[1:]).strip()
+    run.machine.say(f"a held-out picture: {question and question + ' '}"
+                    f"{loader.encoding.decode(list(truth))!r}\n"
                     f"the model says:     {loader.encoding.decode(said)!r}\n"
                     f"ask it more:        python model.py {run.cell.folder} --prompt \"the \"")
 

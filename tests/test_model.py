@@ -15,12 +15,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import model as model_module  # noqa: E402
 from helpers import make_batch, tiny  # noqa: E402
-from model import (PRESETS, Model, ModelConfig, attention_mask, generate, head_loss,  # noqa: E402
-                   prompt_batch, rope_table, rotate)
+from model import (PRESETS, Model, ModelConfig, adopt, attention_mask, from_open_lm,  # noqa: E402
+                   generate, head_loss, prompt_batch, read_weights, rope_table, rotate)
 
 KINDS = [dict(), dict(fusion="late"), dict(moe="learned"), dict(moe="modality"),
-         dict(fusion="late", moe="learned", top_k=2)]
-NAMES = ["early", "late", "moe", "modality", "late-moe-top2"]
+         dict(fusion="late", moe="learned", top_k=2, granularity=2)]
+NAMES = ["early", "late", "moe", "modality", "late-moe-top2-fine"]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 ROWS = [["tIttt", "tttt"], ["tItIttt"]]  # with P = 4: 8 + 4 positions, and 13
 
@@ -238,27 +238,92 @@ def test_the_picture_is_used():
 # ---------------------------------------------------------------- sizes
 
 
-def test_paper_sizes_to_the_printed_digit():
-    printed = {"275m": "0.275", "464m": "0.464", "932m": "0.932", "1.63b": "1.627",
-               "2.28b": "2.280", "3.35b": "3.354", "8.13b": "8.129"}
-    for name, billions in printed.items():
-        assert f"{count_on_meta(name)['N'] / 1e9:.3f}" == billions, name
-
-
-def test_paper_late_sizes():
-    """Decoder and encoder matrices, in millions; the legend's 3.714 counts everything."""
-    expected = {"289m": (247, 42), "494m": (412, 82), "1b": (834, 170), "1.75b": (1440, 308),
-                "2.43b": (2012, 418), "3.7b": (3028, 679)}
-    for name, (decoder, encoder) in expected.items():
-        n = count_on_meta(name)
-        assert (round(n["N"] / 1e6), round(n["N_vision"] / 1e6)) == (decoder, encoder), name
-    assert f"{n['N_total'] / 1e9:.3f}" == "3.714"
-
-
-def count_on_meta(name):
+def count_on_meta(name, **changes):
     fields = {key: value for key, value in PRESETS[name].items() if key != "lr"}
     with torch.device("meta"):
-        return Model(ModelConfig(**fields)).num_params()
+        return Model(ModelConfig(**{**fields, **changes})).num_params()
+
+
+def in_billions(count, printed, cut=False):
+    """count as the paper would print it: as many decimals as `printed`, rounded or cut off."""
+    decimals = len(printed.partition(".")[2])
+    scaled = count / 1e9 * 10 ** decimals
+    return f"{(math.floor if cut else round)(scaled) / 10 ** decimals:.{decimals}f}"
+
+
+def test_early_sizes_are_the_legends():
+    legends = {"275m": "0.275", "464m": "0.464", "932m": "0.932", "1.63b": "1.627",
+               "2.28b": "2.280", "3.35b": "3.354", "8.13b": "8.13"}
+    for name, printed in legends.items():
+        n = count_on_meta(name)
+        assert in_billions(n["N"], printed) == printed and n["N_vision"] == 0, name
+
+
+def test_late_sizes_are_the_legends():
+    """No one definition gives all six, so each says which does (sum: N + N_vision)."""
+    for name, printed, definition, cut in (
+            ("289m", "0.289", "sum", True), ("494m", "0.494", "N_total", False),
+            ("1b", "1", "sum", False), ("1.75b", "1.748", "sum", False),
+            ("2.43b", "2.430", "sum", False), ("3.7b", "3.714", "N_total", False)):
+        n = count_on_meta(name)
+        n["sum"] = n["N"] + n["N_vision"]
+        assert in_billions(n[definition], printed, cut) == printed, name
+
+
+def test_moe_sizes_are_the_totals_of_eight_experts():
+    totals = {"275m": "1.20", "464m": "2.15", "932m": "4.51", "1.63b": "8.18", "2.28b": "11.8",
+              "3.35b": "17.5"}
+    for name, printed in totals.items():
+        moe = count_on_meta(name, moe="learned")
+        assert in_billions(moe["N_total"], printed) == printed, name
+        assert moe["N"] == count_on_meta(name)["N"], "equal active parameters"
+
+
+def test_late_sizes_with_one_encoder_are_the_legends_of_fig_19():
+    for width, printed in ((768, "0.555"), (1536, "1.14"), (2464, "2.320"), (3072, "3.33")):
+        n = count_on_meta("289m", width=width, vision_width=1024)
+        assert in_billions(n["N"] + n["N_vision"], printed, cut=True) == printed, width
+
+
+def test_early_and_late_sizes_are_pairs_of_equal_flops():
+    pairs = (("275m", "289m", "0.270"), ("464m", "494m", "0.456"), ("932m", "1b", "0.927"),
+             ("1.63b", "1.75b", "1.607"), ("2.28b", "2.43b", "2.240"), ("3.35b", "3.7b", "3.397"))
+    for early, late, printed in pairs:
+        n = count_on_meta(late)
+        cost = n["N"] + 0.544 * n["N_vision"]
+        assert in_billions(cost, printed) == printed, late
+        assert abs(cost / count_on_meta(early)["N"] - 1) < 0.02, late
+
+
+def test_fine_grained_experts_cost_what_the_coarse_do():
+    """Table 13: twice the experts of half the size, two of them for a token."""
+    coarse = count_on_meta("275m", moe="learned")
+    fine = count_on_meta("275m", moe="learned", experts=16, top_k=2, granularity=2)
+    assert fine["N"] == coarse["N"]
+    assert fine["N_total"] - coarse["N_total"] == 24 * 8 * 800, "only the router is larger"
+    layer = Model(tiny(moe="learned", granularity=3)).blocks[0].ffn
+    assert layer.gate.shape == layer.up.shape == (8, 32, 32) and layer.down.shape == (8, 32, 32)
+
+
+def test_sizes_are_printed_without_a_run(capsys):
+    model_module.main(["--sizes"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {tuple(line.split()[:-12]): line.split()[-12:] for line in lines[1:]}
+    assert len(lines) == len(rows) + 1 == 1 + 13 + 7 and max(map(len, lines)) <= 100
+    assert all(len(line) == len(lines[0]) for line in lines), "columns are aligned"
+    for key, early in (("early",), True), (("early", "moe"), True), (("late",), False):
+        for name in (n for n, preset in PRESETS.items() if (preset["fusion"] == "early") == early):
+            n = count_on_meta(name, moe="learned" if "moe" in key else "none")
+            flops = 6 * (n["N"] + 0.544 * n["N_vision"])
+            row = rows[(name, *key)]
+            assert row[2:6] == [f"{x / 1e9:.3f}" for x in (n["N"], n["N_vision"], n["N_total"],
+                                                           flops)], name
+            assert row[9:] == [f"{C / flops / 1e9:.1f}" for C in (1e20, 1e21, 1e22)], name
+    # 16 bytes for each of 0.2754e9 and 8.1326e9 parameters, and 0.94e9 bytes of logits; or an
+    # eighth of it, 2 bytes for each of a block's 4w^2 + 3wh, and the logits
+    assert rows["275m", "early"][6:8] == ["5.3", "1.5"]
+    assert rows["8.13b", "early"][6:8] == ["131.1", "17.8"]
+    assert rows["275m", "early"][8] == f"{1024 * 800 * (4 * 24 + 54) / 1e9:.2f}"
 
 
 @every_kind
@@ -267,7 +332,7 @@ def test_counts_equal_the_parameters_there_are(kind):
     cfg, n, w, h = model.cfg, model.num_params(), 32, 96  # int(8*32/3) = 85 -> 96
     assert cfg.hidden == h and n["N_total"] == sum(p.numel() for p in model.parameters())
     active = cfg.top_k if cfg.moe == "learned" else 1
-    inner = 2 * (4 * w * w + active * 3 * w * h)
+    inner = 2 * (4 * w * w + active * 3 * w * h // cfg.granularity)
     assert n["N_nonembedding"] == inner and n["N"] == inner + 2 * 37 * w
     v, g = 16, 48  # the encoder's width and hidden
     assert n["N_vision"] == (2 * (4 * v * v + 3 * v * g) if cfg.fusion == "late" else 0)
@@ -298,6 +363,8 @@ def test_auto_heads():
     (dict(width=33), "width 33"), (dict(width=20, heads=4), "odd"), (dict(depth=0), "depth 0"),
     (dict(context=5), "at least 6"), (dict(image_size=9), "multiple of patch_size 4"),
     (dict(moe="learned", experts=2, top_k=3), "top_k 3 exceeds experts 2"),
+    (dict(granularity=2), "granularity 2 needs moe learned"), (dict(granularity=0), "below 1"),
+    (dict(moe="learned", granularity=5), "96 is not divisible by granularity 5"),
     (dict(fusion="middle"), "use early or late"), (dict(heads=-1), "heads -1")])
 def test_wrong_config_says_so_in_one_line(wrong, words):
     with pytest.raises(ValueError) as error:
@@ -386,7 +453,10 @@ def test_script_mistakes_end_in_one_line(tmp_path):
     ckpt["config"]["model"]["width"] = 64
     torch.save(ckpt, other / "ckpt.pt")
     (tmp_path / "no.png").write_bytes(b"no picture")
-    for args, words in (([tmp_path / "nowhere"], "does not exist"), ([broken], "not a checkpoint"),
+    for args, words in (([], "or give --sizes"),
+                        ([tmp_path / "nowhere"], f"does not exist: name the directory of one run "
+                                                 f"of train.py, as {tmp_path / 'broken'}"),
+                        ([broken], "not a checkpoint"),
                         ([other], "not a checkpoint"),
                         ([run, "--image", tmp_path / "none.png"], "cannot read the image"),
                         ([run, "--image", tmp_path / "no.png"], "cannot read the image"),
@@ -410,3 +480,158 @@ def test_checkpoint_is_a_plain_state_dict():
     buffer.seek(0)
     state = torch.load(buffer, weights_only=True)
     assert set(state) == {name for name, _ in model.named_parameters()}
+
+
+# ---------------------------------------------------------------- trained weights
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    return {name for name in a if torch.equal(a[name], b[name])}
+
+
+@every_kind
+def test_weights_of_a_run_go_back_in_part_by_part(kind, tmp_path):
+    source = build(seed=1, **kind)
+    save_run(tmp_path / "run", source)
+    config, weights = read_weights(tmp_path / "run")
+    assert ModelConfig(**config) == source.cfg
+    assert same(weights, read_weights(str(tmp_path / "run" / "ckpt.pt"))[1]) == set(weights)
+    model = build(**kind)
+    before, theirs = parameters(model), parameters(source)
+    vision = {name for name in before if name.startswith("vision.")}
+    equal = same(before, theirs)  # gains all start as 1
+    adopt(model, weights, "vision", "run")
+    assert vision and same(parameters(model), theirs) == vision | equal
+    adopt(model, weights, "decoder", "run")
+    assert same(parameters(model), theirs) == set(before)
+
+
+@pytest.mark.parametrize("changes, part, words", [
+    (dict(width=40), "decoder", "(37, 40) in this model: give the --width"),
+    (dict(vocab_size=40), "decoder", "embedding.weight is (37, 32) there, (40, 32) in this model: "
+                                     "pack the data with the tokenizer"),
+    (dict(depth=3), "decoder", "blocks.2.attention_norm.weight is missing there"),
+    (dict(depth=1), "decoder", "blocks.1.attention_norm.weight is (32,) there, missing in this"),
+    (dict(moe="learned"), "decoder", "blocks.0.ffn.gate is missing there"),
+    (dict(patch_size=2), "vision", "vision.weight is (32, 48) there, (32, 12) in this model"),
+    (dict(fusion="late"), "vision", "--vision-width")])
+def test_weights_that_do_not_fit_say_so_and_change_nothing(changes, part, words):
+    weights, model = parameters(build(seed=1)), build(**changes)
+    before = parameters(model)
+    with pytest.raises(SystemExit) as error:
+        adopt(model, weights, part, "runs/a")
+    message = str(error.value.code)
+    assert message.startswith("runs/a: ") and words in message and "\n" not in message
+    assert same(before, parameters(model)) == set(before)
+
+
+def open_lm_state(width=32, depth=2, heads=4, hidden=96, vocab=37):
+    def gain():
+        return 1 + 0.3 * torch.randn(width)
+
+    def matrix(rows, columns):
+        return torch.randn(rows, columns) / columns ** 0.5
+
+    torch.manual_seed(5)
+    rates = 1e4 ** -torch.arange(0, 1, 2 * heads / width)
+    state = {"tok_embeddings.weight": matrix(vocab, width), "norm.weight": gain(),
+             "output.weight": matrix(vocab, width)}
+    for layer in range(depth):
+        state |= {f"layers.{layer}.{name}": tensor for name, tensor in {
+            "attention.in_proj.weight": matrix(3 * width, width),
+            "attention.out_proj.weight": matrix(width, width),
+            "attention.pos_embed.inv_freq": rates,
+            "attention.q_norm.weight": gain(), "attention.k_norm.weight": gain(),
+            "feed_forward.w12.weight": matrix(2 * hidden, width),
+            "feed_forward.w3.weight": matrix(width, hidden),
+            "attention_norm.weight": gain(), "ffn_norm.weight": gain()}.items()}
+    return state
+
+
+def open_lm_logits(state, tokens, depth=2):
+    """What open_lm computes: in one matrix each, q k v and gate up; RoPE on halves of a head."""
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T
+
+    def layer_norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"])
+
+    def turn(x):  # (B,T,H,Hd)
+        angle = torch.arange(x.shape[1])[:, None, None] * rates                  # (T,1,Hd/2)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    x = state["tok_embeddings.weight"][tokens]
+    for i in range(depth):
+        at, ff = f"layers.{i}.attention", f"layers.{i}.feed_forward"
+        rates = state[f"{at}.pos_embed.inv_freq"]
+        q, k, v = linear(layer_norm(x, f"{at}_norm"), f"{at}.in_proj").chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (-1, 2 * len(rates))) for part in (
+            layer_norm(q, f"{at}.q_norm"), layer_norm(k, f"{at}.k_norm"), v))
+        q, k, v = (part.transpose(1, 2) for part in (turn(q), turn(k), v))       # (B,H,T,Hd)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + linear(y.transpose(1, 2).flatten(2), f"{at}.out_proj")
+        gate, up = linear(layer_norm(x, f"layers.{i}.ffn_norm"), f"{ff}.w12").chunk(2, -1)
+        x = x + linear(F.silu(gate) * up, f"{ff}.w3")
+    return linear(layer_norm(x, "norm"), "output")
+
+
+@pytest.mark.parametrize("prefix, key", [("", None), ("module.", "state_dict"), ("model.", None),
+                                         ("module.model.", "state_dict")])
+def test_open_lm_weights_give_the_same_logits(prefix, key, tmp_path):
+    state = open_lm_state()
+    named = {prefix + name: tensor for name, tensor in state.items()}
+    torch.save({key: named, "epoch": 3} if key else named, tmp_path / "dclm.pt")
+    config, weights = read_weights(tmp_path / "dclm.pt")
+    assert config == dict(width=32, depth=2, heads=4, vocab_size=37, mlp_multiple=16)
+    model = build(**config)
+    adopt(model, weights, "decoder", "dclm.pt")
+    batch = make_batch(model.cfg, [["t" * 24], ["t" * 20]])
+    batch["doc"] = torch.ones_like(batch["doc"])
+    logits = model.head(hidden(model, batch))
+    assert torch.allclose(logits, open_lm_logits(state, batch["tokens"]), atol=1e-5)
+
+
+def test_open_lm_heads_come_from_the_file_or_the_flag():
+    state, zero_bias = open_lm_state(), {"norm.bias": torch.zeros(32)}
+    config, weights = from_open_lm(state)
+    no_rates = {name: tensor for name, tensor in state.items() if "inv_freq" not in name}
+    told, given = from_open_lm({**no_rates, **zero_bias}, heads=4)
+    assert told == config and same(weights, given) == set(weights) == set(given)
+    for changed, words in (
+            (no_rates, "0 heads for width 32: give --heads"),
+            ({"a": state["norm.weight"]}, "tok_embeddings"),
+            ({**state, "norm.bias": torch.ones(32)}, "no place for its norm.bias"),
+            ({**state, "layers.0.attention.gate.weight": torch.ones(1)}, "attention.gate.weight"),
+            ({**state, "step": 3}, "its step"), (open_lm_state(hidden=100), "hidden size 100")):
+        with pytest.raises(SystemExit) as error:
+            from_open_lm(changed, source="dclm.pt")
+        message = str(error.value.code)
+        assert message.startswith("dclm.pt") and words in message and "\n" not in message
+
+
+class Foreign:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_files_that_hold_no_weights_say_so_and_run_no_code(tmp_path):
+    torch.save({"model": Foreign(tmp_path / "ran")}, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"config": {}}, tmp_path / "empty.pt")
+    (tmp_path / "text.pt").write_bytes(b"no weights")
+    for name, words in (("foreign.pt", "not a checkpoint"), ("list.pt", "not a checkpoint"),
+                        ("empty.pt", "not a checkpoint"), ("text.pt", "not a checkpoint"),
+                        ("none.pt", "does not exist"), ("", "does not exist")):
+        with pytest.raises(SystemExit) as error:
+            read_weights(tmp_path / name)
+        message = str(error.value.code)
+        assert words in message and str(tmp_path / name) in message and "\n" not in message
+    assert not (tmp_path / "ran").exists()

@@ -1,5 +1,6 @@
 """OMP_NUM_THREADS=1 python -m pytest tests/test_moe.py   (about 10 seconds)"""
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,6 +88,19 @@ def test_probe_compares_and_chooses(capsys):
     for _ in range(3):
         assert moe_module.use_grouped_mm(cpu, torch.float32) is False
     assert capsys.readouterr().out.count("moe: experts run by a loop") == 1, "said once"
+
+
+def test_a_compiled_model_asks_the_probe_and_does_not_trace_it():
+    layer()
+    moe_module.probe_grouped_mm.cache_clear()  # else its print, which cannot be traced, is skipped
+    scale = torch.compile(lambda x: x * (3 + moe_module.use_grouped_mm(x.device, x.dtype)),
+                          backend="eager", fullgraph=True)
+    assert scale(torch.ones(2)).tolist() == [3, 3]
+
+
+def test_import_does_not_wait_for_the_compiler():
+    code = "import sys, moe, model; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
 def test_one_expert_is_the_dense_layer():

@@ -249,16 +249,130 @@ def test_vision_learning_rate_zero_freezes_the_encoder(tmp_path):
         assert torch.equal(trained[name], fresh[name]) == frozen, name
 
 
+# -- the paper's experiments ---------------------------------------------------------------------
+
+
+def test_a_run_that_starts_from_another_and_learns_nothing_scores_the_same(tmp_path):
+    flags = ["--fusion", "late", "--tokens", "20K", "--save-every", "1000"]
+    first, = run(tmp_path / "a", *flags).values()
+    second, = run(tmp_path / "b", *flags, "--init", str(one(tmp_path / "a")),
+                  "--lr", "1e-12", "--weight-decay", "0").values()
+    assert second["loss"] == pytest.approx(first["loss"], abs=1e-5)
+    assert second["init"] == str(one(tmp_path / "a"))
+
+
+def test_both_parts_can_be_initialised(tmp_path):
+    """The decoder of a text-only run, the encoder of a late one; neither moves at rate 0."""
+    run(tmp_path / "text", "--tokens", "5K", "--mixture", "0-0-100")
+    run(tmp_path / "late", "--tokens", "5K", "--fusion", "late", "--seed", "1")
+    flags = ["--fusion", "late", "--tokens", "5K", "--init", str(one(tmp_path / "text")),
+             "--init-vision", str(one(tmp_path / "late")), "--lr", "1e-20", "--weight-decay", "0"]
+    run(tmp_path / "both", *flags)
+    text, late, both = (weights(one(tmp_path / name)) for name in ("text", "late", "both"))
+    for name, value in both.items():
+        assert torch.allclose(value, (late if name.startswith("vision.") else text)[name]), name
+
+
+def test_sizes_come_from_the_weights(tmp_path):
+    run(tmp_path, "--width", "24", "--depth", "2", "--tokens", "2K")
+    cell, = train.parse_grid(["--init", str(one(tmp_path)), "--tokens", "5K"])
+    assert (cell.model.width, cell.model.depth, cell.model.context) == (24, 2, 128)
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--init", "no/such/run"], "no/such/run"),
+    (["--init-vision", "no/such/run"], "--fusion late"),
+    (["--match", "size"], "--match size"),
+    (["--granularity", "2"], "granularity"),
+])
+def test_mistakes_in_these_too(tmp_path, flags, words):
+    with pytest.raises(SystemExit, match=words):
+        train.parse_grid([*TINY, *flags])
+
+
+def test_weights_of_another_size_are_refused(tmp_path):
+    run(tmp_path / "a", "--tokens", "2K")
+    with pytest.raises(SystemExit, match="width"):
+        run(tmp_path / "b", "--tokens", "2K", "--init", str(one(tmp_path / "a")), "--width", "24")
+
+
+def test_early_fusion_is_matched_to_late(tmp_path):
+    """By parameters, by the text model, by FLOPs (5.9); the late run is one and the same."""
+    flags = ["--fusion", "early,late", "--width", "96", "--match", "params,text,flops"]
+    cells = train.parse_grid([*flags, "--tokens", "1M"])
+    late, = (cell for cell in cells if cell.model.fusion == "late")
+    early = {cell.train.match: train.Model(cell.model) for cell in cells if cell is not late}
+    N = {rule: model.num_params()["N"] for rule, model in early.items()}
+    n, share = train.Model(late.model).num_params(), 0.27  # of this world's positions are images
+    assert early["text"].cfg.width == 96 and len(cells) == 4
+    for rule, encoder in (("params", 1), ("flops", share)):
+        assert N[rule] == pytest.approx(n["N"] + encoder * n["N_vision"], rel=0.05), rule
+    assert N["text"] < N["flops"] < N["params"]
+
+
+def test_every_resolution_reads_the_same_text(tmp_path):
+    rows = run(tmp_path, "--context", "256", "--tokens-per-step", "1024", "--tokens", "40K",
+               "--image-size", "32,48", "--equal-text").values()
+    text = [row["D"] * (1 - row["padding"]) - row["D_vision"] for row in rows]
+    small, large = sorted(rows, key=lambda row: row["image_size"])
+    assert large["D_vision"] > 2 * small["D_vision"] and large["steps"] == small["steps"]
+    assert text[0] == pytest.approx(text[1], rel=0.02)
+
+
+def test_finetuning_counts_right_answers(tmp_path):
+    row, = run(tmp_path, "--context", "256", "--tokens-per-step", "1024", "--tokens", "5K",
+               "--mixture", "0-0-0-100").values()
+    for kind in ("colour", "count", "relation", "compare"):
+        assert 0 <= row[f"accuracy_{kind}"] <= 1 and row[f"floor_{kind}"] == 0
+    assert "loss_caption" not in row
+
+
+def test_right_answers_are_those_that_greedy_decoding_gives():
+    """Its slow twin: generate each answer, on a model that has learned some of them."""
+    cell = cell_of("--context", "256", "--width", "32", "--mixture", "0-0-0-100")
+    loader = train.Loader(cell.data, 0, 256, 32, 8)
+    rows = [loader.fill(kind, 0, "val") for kind in loader.val_kinds()]
+    batch = loader.batch(rows)
+    torch.manual_seed(0)
+    model = train.Model(cell.model)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    right = 0
+    while right < 5:  # of 13
+        model(batch).loss.div(batch["target_index"].numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        right, answers = train.right_answers(model.eval(), batch)
+    by_decoding = [decode_answer(model, loader, row, number)
+                   for row in rows for number in range(1, row.n_docs + 1)]
+    assert (sum(by_decoding), len(by_decoding)) == (right, answers) and right < answers
+
+
+def decode_answer(model, loader, row, number):
+    """Whether greedy decoding gives the answer of one document of a row."""
+    at = [t for t in range(row.context) if row.doc[t] == number]
+    first = next(i for i, t in enumerate(at) if row.target[t] >= 0)
+    parts, shown = [], set()
+    for t in at[:first + 1]:
+        image = row.patch[t] // row.n_patches
+        if row.patch[t] < 0:
+            parts.append([int(row.tokens[t])])
+        elif image not in shown:
+            shown.add(image)
+            parts.append(torch.from_numpy(train.patchify(row.images[image], 8)))
+    said = train.generate(model, parts, 40, stop=loader.eot, n_vocab=257)
+    return [*said, loader.eot] == [int(row.target[t]) for t in at[first:]]
+
+
 # -- the command line ----------------------------------------------------------------------------
 
 
 def test_the_set_of_flags_is_frozen():
     """A new flag needs a user: add it here only together with the reason in its comment."""
-    known = set("""out preset tokens tokens_per_step micro_rows lr vision_lr warmup cooldown
-        weight_decay grad_clip load_balancing_weight seed eval_every save_every device compile jobs
-        fusion moe experts top_k width depth heads context image_size patch_size mlp_multiple
-        vision_width vision_depth checkpointing data mixture augment flip val_rows
-        workers""".split())
+    known = set("""out preset init init_vision match equal_text tokens tokens_per_step micro_rows
+        lr vision_lr warmup cooldown weight_decay grad_clip load_balancing_weight seed eval_every
+        save_every device compile jobs fusion moe experts top_k granularity width depth heads
+        context image_size patch_size mlp_multiple vision_width vision_depth checkpointing data
+        mixture augment flip val_rows workers""".split())
     fields = [f.name for kind in (train.TrainConfig, train.ModelConfig, train.DataConfig)
               for f in train.dataclasses.fields(kind)]
     assert set(fields) - {"vocab_size"} == known
