@@ -162,6 +162,27 @@ def attention_mask(doc: torch.Tensor, image_id: torch.Tensor) -> torch.Tensor:
     return (same_doc & (causal | same_image))[:, None]                           # (B,1,T,T)
 
 
+def block_mask(doc: torch.Tensor, image_id: torch.Tensor):
+    """attention_mask for FlexAttention: blocks of 128 x 128 pairs that are all False are never
+    computed, so documents that share a row do not pay for each other. Needs torch.compile."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def may_look(b, h, query, key):
+        same_image = (image_id[b, query] == image_id[b, key]) & (image_id[b, query] >= 0)
+        return (doc[b, query] == doc[b, key]) & ((query >= key) | same_image)
+
+    rows, length = doc.shape
+    return create_block_mask(may_look, rows, None, length, length, device=doc.device)
+
+
+def attend(q, k, v, mask) -> torch.Tensor:
+    """q, k, v (B,H,T,Hd); mask bool (B,1,T,T), None, or a BlockMask -> (B,H,T,Hd)."""
+    if mask is None or isinstance(mask, torch.Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    from torch.nn.attention.flex_attention import flex_attention
+    return flex_attention(q, k, v, block_mask=mask)
+
+
 def rope_table(length: int, head_dim: int, theta: float = 10000.0) -> torch.Tensor:
     """(T,Hd/2,2) float32: cos and sin of position * theta^(-2j/Hd)."""
     rates = theta ** (-torch.arange(0, head_dim, 2) / head_dim)                  # (Hd/2,)
@@ -223,7 +244,7 @@ class Attention(nn.Module):
             if cache:
                 k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
             cache[:] = k, v
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)              # (B,H,T,Hd)
+        y = attend(q, k, v, mask)                                                # (B,H,T,Hd)
         return self.out(y.transpose(1, 2).flatten(-2))                           # (B,T,W)
 
 
@@ -287,6 +308,27 @@ def run_block(block, checkpointing: bool, *args):
     return block(*args)
 
 
+def flex_error(block, rope, rows: int) -> str | None:
+    """Why a compiled block cannot run on FlexAttention here, None if it can: tried, and compared
+    with the dense mask in values and gradients, as what works differs by GPU and version."""
+    width, length = block.attention_norm.weight.numel(), len(rope)
+    at = torch.arange(length, device=rope.device).expand(rows, -1)               # (B,T)
+    doc = at // (length // 2)  # two documents, each with an image
+    image = torch.where(at % (length // 2) < length // 4, doc, -1)
+    results = []
+    try:
+        for call, build in ((block.forward, attention_mask), (block, block_mask)):
+            generator = torch.Generator(rope.device).manual_seed(0)
+            x = torch.randn(rows, length, width, device=rope.device, generator=generator,
+                            requires_grad=True)                                  # (B,T,W)
+            y, _ = call(x, build(doc, image), rope, (image >= 0).long())
+            results.append([y, *torch.autograd.grad((y.float() ** 2).sum(), x)])
+    except Exception as error:  # a compiler's are of nearly every type
+        return " ".join(str(error).split())[:80] or type(error).__name__
+    far = max((a - b).float().norm() / b.float().norm() for a, b in zip(*results))
+    return None if far < 0.05 else f"differs from the dense mask by {far:.2f}"
+
+
 class Output(NamedTuple):
     loss: torch.Tensor                  # () float32, SUM of the text targets' losses, nats
     count: int                          # number of text targets
@@ -308,6 +350,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, cfg.width, cfg.head_dim, layer, cfg.moe)
                                     for layer in range(cfg.depth))
         self.norm = norm(cfg.width)
+        self.flex = False  # FlexAttention instead of a dense mask; train.py sets it on CUDA
         self.head = linear(cfg.width, cfg.vocab_size)  # untied: the paper's counts fit no other
         self.register_buffer("rope", rope_table(cfg.context, cfg.head_dim), persistent=False)
 
@@ -332,7 +375,8 @@ class Model(nn.Module):
         kind = torch.where(batch["doc"] > 0, image.long(), -1)                   # (B,T)
         mask = None  # a single new text token may look at all of the cache
         if start == 0:  # once a step, for all layers
-            mask = attention_mask(batch["doc"], batch["patch_index"] // self.cfg.n_patches)
+            build = block_mask if self.flex and caches is None else attention_mask
+            mask = build(batch["doc"], batch["patch_index"] // self.cfg.n_patches)
         rope = self.rope[start:start + x.shape[1]]
         stats = []
         for i, block in enumerate(self.blocks):

@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from data import (PRETRAINING, DataConfig, Loader, Parser, add_flags, parse_count, patchify,
                   usable_cores, vocab_size, write_whole)
-from model import PRESETS, Block, Model, ModelConfig, adopt, generate, read_weights
+from model import (PRESETS, Block, Model, ModelConfig, adopt, flex_error, generate,
+                   read_weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -697,13 +698,20 @@ def micro_step(run, forward, batch):
 
 def compile_blocks(run):
     """Compiles each block, not the model: seconds of start-up instead of minutes, and the head's
-    changing number of targets recompiles nothing."""
-    mode = run.cell.train.compile
-    if mode == "on" or (mode == "auto" and run.machine.is_cuda):
-        torch.compiler.reset()  # else a sweep's later models find the cache full and run uncompiled
-        for module in run.model.modules():
-            if isinstance(module, Block):
-                module.compile()
+    changing number of targets recompiles nothing. With it comes FlexAttention, where it works."""
+    mode, model, machine = run.cell.train.compile, run.model, run.machine
+    if mode == "off" or mode == "auto" and not machine.is_cuda:
+        return
+    torch.compiler.reset()  # else a sweep's later models find the cache full and run uncompiled
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
+    if machine.is_cuda:
+        with machine.autocast():
+            why = flex_error(model.blocks[0], model.rope, micro_rows(run.cell, machine))
+        model.flex = why is None
+        machine.say("attention: " + (f"dense mask (FlexAttention: {why})" if why else
+                                     "FlexAttention, images and documents by block mask"))
 
 
 class StopSignal:

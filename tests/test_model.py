@@ -15,8 +15,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import model as model_module  # noqa: E402
 from helpers import make_batch, tiny  # noqa: E402
-from model import (PRESETS, Model, ModelConfig, adopt, attention_mask, from_open_lm,  # noqa: E402
-                   generate, head_loss, prompt_batch, read_weights, rope_table, rotate)
+from model import (  # noqa: E402
+    PRESETS, Model, ModelConfig, adopt, attention_mask, flex_error, from_open_lm, generate,
+    head_loss, prompt_batch, read_weights, rope_table, rotate)
 
 KINDS = [dict(), dict(fusion="late"), dict(moe="learned"), dict(moe="modality"),
          dict(fusion="late", moe="learned", top_k=2, granularity=2)]
@@ -63,6 +64,19 @@ def test_mask_against_a_triple_loop():
                 expected = doc[b, q] == doc[b, k] and (k <= q or same_image)
                 assert mask[b, 0, q, k] == expected, (b, q, k)
     assert mask.any(-1).all(), "a row that sees nothing makes NaN"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_equals_the_dense_mask():
+    """Uncompiled, as a CPU can; train.py tries it compiled, with gradients, on its GPU."""
+    model = build(context=256)
+    batch = make_batch(model.cfg, [["tIttt" * 9, "tttt" * 20], ["tItIttt"], []])
+    dense = hidden(model, batch)
+    model.flex = True
+    assert torch.allclose(hidden(model, batch), dense, atol=1e-5)
+    model.flex = False
+    reason = flex_error(model.blocks[0], model.rope, 2)  # no gradients on a CPU: said, not raised
+    assert "CPU" in reason
 
 
 @every_kind

@@ -1,0 +1,169 @@
+"""A study as a markdown table: one line for each configuration, its seeds pooled.
+
+    python results/table.py runs/moe --by moe,experts,top_k --against moe=none
+    python results/table.py runs/shares --by fusion --plot caption_share --out shares.png
+
+Reads OUT/results.jsonl of train.py, or any file of such rows, as results/score.py writes. ± is the
+standard deviation over seeds. The last column is the difference to another line with its 95 %
+t-interval: over pairs of one seed, as the noise they share (the same data in the same order)
+cancels; where no seed is shared, Welch's interval.
+"""
+
+import json
+import re
+import sys
+from contextlib import suppress
+from itertools import chain, groupby
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import Parser, need
+
+MEASURED = re.compile(r"(loss|floor|accuracy|cider|peak|wall|tok_per)\w*|N(_\w+)?|C|D_vision"
+                      r"|padding|\w+_share|n_scored|run|seed|device|world_size|torch|git|status")
+SHARES = ("caption_share", "interleaved_share", "text_share")  # of the mixture, per cent
+
+
+def read(paths):
+    """The rows of all files; of a run that a file has twice, the last."""
+    rows = {}
+    for path in map(Path, paths):
+        path = path / "results.jsonl" if path.is_dir() else path
+        if not path.is_file():
+            raise SystemExit(f"{path} does not exist: name folders that train.py wrote (its --out)")
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # half a line: a run is just ending
+                row = json.loads(line)
+                rows[path, row.get("run"), row.get("scored")] = row
+    if not rows:
+        raise SystemExit(f"{', '.join(paths)}: no run has ended yet")
+    for row in rows.values():
+        row |= zip(SHARES, map(int, re.findall(r"\d+", row.get("mixture", ""))))
+        row["experts"] = row.get("n_experts")  # as the flag is called
+        if "steps" in row:  # the D of a diverged run is where it ended
+            row["D"] = row["steps"] * row["tokens_per_step"]
+    return list(rows.values())
+
+
+def varying(rows, given=()):
+    """Adds the fields that tell the rows apart. One that those before it determine, as the width
+    does the learning rate, would add a column but no line, and is left out."""
+    fields = list(given)
+    for field in dict.fromkeys(chain(*rows)):
+        lines, more = (len({tuple(row.get(f) for f in some) for row in rows})
+                       for some in (fields, [*fields, field]))
+        if more > lines and not MEASURED.fullmatch(field):
+            fields.append(field)
+    return fields
+
+
+def group(rows, fields):
+    """{values of the fields: {seed: row}}; numbers in order, words as they first appear."""
+    groups = {}
+    for row in rows:
+        seeds = groups.setdefault(tuple(row.get(field) for field in fields), {})
+        twin = seeds.setdefault(row.get("seed"), row)
+        if twin is not row:  # they would pass for two seeds
+            raise SystemExit(f"{twin['run']} and {row['run']} would be one line and one seed: give "
+                             f"--by what differs ({', '.join(varying([twin, row])) or 'nothing'})")
+    first = {value: place for place, value in enumerate(chain(*groups))}
+    return dict(sorted(groups.items(), key=lambda item: [
+        value if isinstance(value, (int, float)) else first[value] for value in item[0]]))
+
+
+def measured(seeds, metric):
+    """{seed: value}, without the runs that diverged."""
+    return {seed: row[metric] for seed, row in seeds.items() if row.get(metric) is not None}
+
+
+def mean_sd(values):
+    return np.mean(values), np.std(values, ddof=min(len(values) - 1, 1))
+
+
+def difference(these, those):
+    """{seed: loss} of a line and of its reference -> what the last column says."""
+    shared = sorted(these.keys() & those.keys())
+    a, b = ([losses[seed] for seed in shared or losses] for losses in (these, those))
+    if min(len(a), len(b)) < 2:
+        return f"{a[0] - b[0]:+.4f} [—]" if len(a) == len(b) == 1 else "—"
+    test = stats.ttest_rel(a, b) if shared else stats.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    welch = "" if shared else " Welch"
+    return f"{np.mean(a) - np.mean(b):+.4f} [{low:+.4f}, {high:+.4f}]{welch}"
+
+
+def table(groups, fields, metrics, against):
+    """Rows of cells. Each line is compared with the one of the lines `against` most like it."""
+    shown = [field for field in fields if field != "D"]  # it has its place
+    yield [*shown, "n", "N", "D", *metrics, "tokens/s", f"Δ {metrics[0]}"]
+    for key, seeds in groups.items():
+        row, values = next(iter(seeds.values())), [measured(seeds, m) for m in metrics]
+        bad = sum(row.get("status", "ok") != "ok" for row in seeds.values())
+        other = max(against, key=lambda k: sum(a == b for a, b in zip(k, key)))
+        yield [*(str(row.get(field, "—")) for field in shown),
+               f"{len(seeds) - bad}" + (f" (+ {bad} diverged)" if bad else ""),
+               *(f"{row.get(size, 0):,}" for size in ("N", "D")),
+               *("{:.4f} ± {:.4f}".format(*mean_sd([*v.values()])) if len(v) > 1 else
+                 "{:.4f}".format(*v.values()) if v else "—" for v in values),
+               f"{np.mean([row.get('tok_per_s') or 0 for row in seeds.values()]):,.0f}",
+               "reference" if other == key else
+               difference(values[0], measured(groups[other], metrics[0]))]
+
+
+def plot(groups, fields, metrics, out):
+    """The last field across, a panel a metric, a line for each value of the other fields."""
+    need("matplotlib", "matplotlib").use("Agg")
+    from matplotlib import pyplot as plt
+    figure, panels = plt.subplots(1, len(metrics), figsize=(4 * len(metrics), 3.6), squeeze=False,
+                                  constrained_layout=True)
+    for panel, metric in zip(panels[0], metrics):
+        for line, items in groupby(groups.items(), lambda item: item[0][:-1]):
+            points = [(key[-1], [*measured(seeds, metric).values()]) for key, seeds in items]
+            points = [(x, *mean_sd(values)) for x, values in points if values]
+            panel.errorbar(*np.reshape(points, (-1, 3)).T, marker="o", markersize=4, capsize=3,
+                           label=", ".join(f"{f} {v}" for f, v in zip(fields, line)) or "all runs")
+        panel.set(title=metric, xlabel=fields[-1])
+        panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(out, dpi=130)
+    print(f"wrote {out}")
+
+
+def main(argv=None):
+    parser = Parser(prog="table.py", description=__doc__.splitlines()[0])
+    parser.add_argument("paths", nargs="+", help="folders with a results.jsonl, or such files")
+    parser.add_argument("--by", help="fields that tell lines apart (default: all that vary)")
+    parser.add_argument("--against", help="FIELD=VALUE,... to compare with (default: first line)")
+    parser.add_argument("--metric", help="default: loss, loss_*, accuracy*, cider*")
+    parser.add_argument("--plot", metavar="FIELD", help="draw the metrics against this number")
+    parser.add_argument("--out", default="table.png", help="file of the plot")
+    args = parser.parse_args(argv)
+    rows = read(args.paths)
+    known = sorted(dict.fromkeys(chain(*rows)), key="loss".__ne__)  # loss first
+    by, across, metrics, against = (text.split(",") if text else [] for text in (
+        args.by, args.plot, args.metric, args.against))
+    metrics = metrics or [name for name in known if re.match("loss|accuracy|cider", name)]
+    for name in chain(by, across, metrics):
+        if name not in known:
+            raise SystemExit(f"no row has the field {name!r}; there are {', '.join(known)}")
+    fields = [field for field in by or varying(rows, across) if field not in across
+              and not (field == "mixture" and {*across} & {*SHARES})] + across
+    groups = group(rows, fields)
+    if across and not all(isinstance(key[-1], (int, float)) for key in groups):
+        raise SystemExit(f"--plot {args.plot}: not a number in every row")
+    lines = [key for key in groups if {*against} <= {f"{f}={v}" for f, v in zip(fields, key)}]
+    if not lines:
+        raise SystemExit(f"--against {args.against}: no line has that among {', '.join(fields)}")
+    for i, cells in enumerate(table(groups, fields, metrics, lines if against else lines[:1])):
+        print("|", " | ".join(cells), "|" + f"\n{'| --- ' * len(cells)}|" * (i == 0))
+    if diverged := [row["run"] for row in rows if row.get("status", "ok") != "ok"]:
+        print(f"\nleft out of the means, as they diverged: {', '.join(diverged)}")
+    if across:
+        plot(groups, fields, metrics, args.out)
+
+
+if __name__ == "__main__":
+    main()
