@@ -379,7 +379,8 @@ class Model(nn.Module):
             flex = self.flex and caches is None
             build = block_mask if flex else attention_mask
             mask = build(batch["doc"], batch["patch_index"] // self.cfg.n_patches)
-            if x.device.type == "cpu" and not flex:  # as its attention would, in every layer, at 4-10 % each
+            if x.device.type == "cpu" and not flex:  # SDPA would do it again in every layer, which
+                # costs it 4-10 %
                 mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)     # (B,1,T,T)
         rope = self.rope[start:start + x.shape[1]]
         stats = []

@@ -45,7 +45,7 @@ class TrainConfig:
 
     out: str = "runs/demo"  # folder of the study: results.jsonl and one folder a run
     preset: str = "laptop"  # laptop, or a size of the paper's Table 6: 275m .. 8.13b, late 289m ..
-    init: str = ""  # start from these weights: a run's folder, or a .pt of open_lm (5.12, 5.13)
+    init: str = ""  # start from a run's folder ({seed} = its own), or a .pt of open_lm (5.12, 5.13)
     init_vision: str = ""  # late fusion: start from the encoder of this run (5.12)
     match: str = ""  # params, text, flops: the early width that equals late fusion of --width (5.9)
     equal_text: bool = False  # scale context and tokens so that any image size reads one text (5.8)
@@ -79,6 +79,10 @@ class TrainConfig:
             raise ValueError(f"--compile {self.compile}: need auto, on or off")
         if self.match not in ("", *MATCHES):
             raise ValueError(f"--match {self.match}: need one of {', '.join(MATCHES)}")
+
+    def start(self, name):
+        """The path in init or init_vision, its {seed} filled in: one command for several seeds."""
+        return getattr(self, name).replace("{seed}", str(self.seed))
 
 
 # Fields that say how or where a run is computed, not what it computes: no part of its identity.
@@ -135,10 +139,11 @@ def make_cell(given):
     if preset != "laptop" and preset not in PRESETS:
         raise SystemExit(f"--preset {preset}: need laptop or one of {', '.join(PRESETS)}")
     base = LAPTOP if preset == "laptop" else {"tokens_per_step": 2048 * 1024, **PRESETS[preset]}
+    values = {"tokens_per_step": TrainConfig.tokens_per_step, **base, **given}
     known = {}  # the sizes of the weights to start from
-    if given.get("init"):
-        known, _ = read_weights(given["init"], given.get("heads", 0))
-    values = {"tokens_per_step": TrainConfig.tokens_per_step, **base, **known, **given}
+    if path := config_of(TrainConfig, values).start("init"):
+        known, _ = read_weights(path, given.get("heads", 0))
+        values = {**values, **known, **given}
     values["vocab_size"] = max(base.get("vocab_size", 0),
                                vocab_size(values.get("data", DataConfig.data)))
     if values.get("fusion") == "late":  # the same run whatever matches it
@@ -505,7 +510,8 @@ class Run:
         """Takes over the weights that --init and --init-vision name. The vision part comes with the
         decoder only where both are of one fusion."""
         cfg = self.cell.train
-        for part, path in (("decoder", cfg.init), ("vision", cfg.init_vision or cfg.init)):
+        vision = cfg.start("init_vision") or cfg.start("init")
+        for part, path in (("decoder", cfg.start("init")), ("vision", vision)):
             if not path:
                 continue
             known, weights = read_weights(path, self.cell.model.heads)

@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import (DataConfig, Document, Loader, Parser, encode, expand,
                   get_tokenizer, patchify, read_source, square)
 from model import generate, load_model
-from train import finished
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # not the apostrophe, the colon and the full stop
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
@@ -160,7 +159,10 @@ def main(argv=None):
     print(", ".join(f"{name} {value:.4g}" for name, value in row.items()))
     if args.json:
         folder = Path(args.run).resolve()
-        trained = finished(folder.parent).get(folder.name, {"run": folder.name})
+        results = folder.parent / "results.jsonl"
+        lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+        rows = {row["run"]: row for row in map(json.loads, lines)}
+        trained = rows.get(folder.name, {"run": folder.name})
         with open(args.json, "a", encoding="utf-8") as file:
             file.write(json.dumps(trained | row | {"scored": source}) + "\n")
 

@@ -265,7 +265,8 @@ def test_both_parts_can_be_initialised(tmp_path):
     """The decoder of a text-only run, the encoder of a late one; neither moves at rate 0."""
     run(tmp_path / "text", "--tokens", "5K", "--mixture", "0-0-100")
     run(tmp_path / "late", "--tokens", "5K", "--fusion", "late", "--seed", "1")
-    flags = ["--fusion", "late", "--tokens", "5K", "--init", str(one(tmp_path / "text")),
+    text = str(one(tmp_path / "text")).replace("-s0", "-s{seed}")
+    flags = ["--fusion", "late", "--tokens", "5K", "--init", text,
              "--init-vision", str(one(tmp_path / "late")), "--lr", "1e-20", "--weight-decay", "0"]
     run(tmp_path / "both", *flags)
     text, late, both = (weights(one(tmp_path / name)) for name in ("text", "late", "both"))
