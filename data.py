@@ -395,20 +395,21 @@ def expand(document, eot, n_patches):
     """A document as positions, each (L',): ids, patch (number within the document or -1), target
     (-1 = none) and nll of the target. One end-of-text goes before it, so that its first token has
     something to be predicted from; end-of-text is also what its last token predicts."""
-    ids = np.concatenate([[eot], document.tokens])
-    following = np.concatenate([document.tokens, [eot]])
+    framed = np.full(len(document.tokens) + 2, eot, np.int64)
+    framed[1:-1] = document.tokens
+    ids, following = framed[:-1], framed[1:]
     is_image = ids == IMAGE
-    ids = np.where(ids <= READ, READ - ids, ids)
+    ids = np.where(ids <= READ, READ - ids, ids * ~is_image)
     size = np.where(is_image, n_patches, 1)
-    last = np.cumsum(size) - 1  # an image predicts from its last patch
-    source = np.repeat(np.arange(len(ids)), size)
-    patch = np.where(is_image[source], np.cumsum(is_image[source]) - 1, -1)
-    target = np.full(len(source), -1)
+    last = size.cumsum() - 1  # an image predicts from its last patch
+    is_patch = is_image.repeat(size)
+    patch = np.where(is_patch, is_patch.cumsum() - 1, -1)
+    target = np.full(len(patch), -1)
     target[last] = np.maximum(following, -1)  # no target: an image (-1), a token only read (< -1)
-    nll = np.zeros(len(source), np.float32)
+    nll = np.zeros(len(patch), np.float32)
     if document.nll is not None:
         nll[last] = document.nll
-    return np.where(is_image, 0, ids)[source], patch, target, nll
+    return ids.repeat(size), patch, target, nll
 
 
 class Row:
@@ -550,7 +551,7 @@ class Loader:
         self.encoding = get_tokenizer() if self.world else self.packed["train"].encoding
         self.eot = self.encoding.eot_token
         self.knows_floor = self.world is not None
-        self.plans, self.orders, self.val = {}, {}, {}
+        self.plans, self.orders, self.val, self.kinds = {}, {}, {}, (None, None)
         missing = [kind for kind, percent in zip(KINDS, self.percent)
                    if percent and self.packed and kind not in self.packed["train"].kinds]
         if missing:
@@ -561,8 +562,10 @@ class Loader:
         """(kind, how many rows of that kind came before row g). Every 100 rows hold the mixture's
         percentages exactly, in an order shuffled by the seed: no sampling noise in the shares."""
         block, place = divmod(g, 100)
-        order = np.random.default_rng((self.seed, 1, block)).permutation(100)
-        kinds = np.repeat(np.arange(len(self.percent)), self.percent)[order]
+        if self.kinds[0] != block:  # only the last one asked for is kept
+            order = np.random.default_rng((self.seed, 1, block)).permutation(100)
+            self.kinds = block, np.repeat(np.arange(len(self.percent)), self.percent)[order]
+        kinds = self.kinds[1]
         kind = kinds[place]
         return KINDS[kind], block * self.percent[kind] + int((kinds[:place] == kind).sum())
 

@@ -376,11 +376,10 @@ class Model(nn.Module):
         kind = torch.where(batch["doc"] > 0, image.long(), -1)                   # (B,T)
         mask = None  # a single new text token may look at all of the cache
         if start == 0:  # once a step, for all layers
-            flex = self.flex and caches is None
-            build = block_mask if flex else attention_mask
+            build = block_mask if self.flex and caches is None else attention_mask
             mask = build(batch["doc"], batch["patch_index"] // self.cfg.n_patches)
-            if x.device.type == "cpu" and not flex:  # SDPA would do it again in every layer, which
-                # costs it 4-10 %
+            if isinstance(mask, torch.Tensor) and x.device.type == "cpu":
+                # numbers to add: SDPA would make them again in every layer, at 4-10 % of its time
                 mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)     # (B,1,T,T)
         rope = self.rope[start:start + x.shape[1]]
         stats = []
