@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import bench_parts
 import data
 import model as model_file
 import train
@@ -415,6 +416,18 @@ def generation(bench):
     return rows
 
 
+def parts(bench):
+    """Told only: what each optimisation of the model gains, see bench_parts.py."""
+    found = bench_parts.pairs(bench.machine.device)
+    found["decoding: inference_mode / no_grad"] = bench_parts.decoding(train.make_cell({}).model)
+    rows = []
+    for what, works in found.items():
+        took = bench.interleave(dict(enumerate(works)), 15)
+        rows.append(Row(what, took[0] / took[1], note="{:.2f} and {:.2f} ms".format(
+            *(1e3 * np.median(took[i]) for i in (0, 1)))))
+    return rows
+
+
 def start_training(folder, *flags, threads=1, ranks=1):
     """train.py in a session of its own, as torchrun starts its ranks: Linux may share the cores
     out among sessions first, and a session of two processes would get the less."""
@@ -653,7 +666,8 @@ MARKS = {  # name: (function, kind of device it needs)
                     marks={"early": ">= 0.72"}), "cpu"),
     "compiled": (compiled, "cpu"), "loading": (loading, "cpu"),
     "upkeep": (upkeep, "cpu"), "overhead": (overhead, "cpu"), "generation": (generation, "cpu"),
-    "parallel": (parallel, "cpu"), "packing": (packing, "any"), "slope": (slope, "any"),
+    "parts": (parts, "cpu"), "parallel": (parallel, "cpu"), "packing": (packing, "any"),
+    "slope": (slope, "any"),
     "scaling": (scaling, "any"), "efficiency": (efficiency, "any"), "gpu275m": (gpu_275m, "cuda"),
     "gpu932m": (partial(compare, size="932m", kinds={"early": gpu_flags("932m")}, rounds=5,
                         marks={"early": ">= 0.55"}), "cuda"), "gpumemory": (gpu_memory, "cuda")}

@@ -1,4 +1,7 @@
-"""Every command of the README runs, small and in order: python -m pytest tests/test_readme.py -q"""
+"""Every command of the README and of results/experiments.md runs, small and in order.
+
+    python -m pytest tests/test_readme.py -q
+"""
 
 import io
 import json
@@ -12,18 +15,20 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXPERIMENTS = (ROOT / "results" / "experiments.md").read_text(encoding="utf-8")
 SMALL = ("--preset laptop --width 16 --depth 1 --context 128 --image-size 32 --patch-size 8 "
          "--tokens 2K,4K --tokens-per-step 512 --warmup 2 --val-rows 2 --device cpu --jobs 1")
 
 
-def commands():
+def commands(text=README):
     """All commands in the sh blocks, one string each."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
 
@@ -53,6 +58,8 @@ def workplace(tmp_path_factory):
     home = tmp_path_factory.mktemp("clone")
     for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt")]:
         shutil.copy(path, home)
+    for folder in ("results", "tests"):
+        shutil.copytree(ROOT / folder, home / folder)
     make_sources(home)
     (home / "table.csv").write_text("N,D,loss\n" + "".join(
         f"{n},{d},{1.5 + 50 / n**0.3 + 80 / d**0.3}\n"
@@ -88,6 +95,11 @@ def make_sources(home):
     lines = "".join(json.dumps({"text": f"text number {i} " * 9}) + "\n" for i in range(200))
     (home / "dclm/a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     (home / "cat.png").write_bytes(picture(0))
+    (home / "llava").mkdir()
+    (home / "llava" / "cat.png").write_bytes(picture(0))
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Red."}]
+    record = {"id": "0", "image": "cat.png", "conversations": turns}
+    (home / "llava" / "vqa.json").write_text(json.dumps(100 * [record]), encoding="utf-8")
 
 
 def prepare(command, home):
@@ -96,6 +108,11 @@ def prepare(command, home):
         shutil.rmtree(home / "runs" / "demo", ignore_errors=True)
         (home / "runs" / "demo").mkdir(parents=True)
         shutil.copy(ROOT / "results" / "laptop_study.jsonl", home / "runs/demo/results.jsonl")
+    study = re.search(r"fit_laws\.py runs/(mixture_laws)", command)
+    if study:  # a law needs more runs than the tiny sweep has
+        lines = (ROOT / "results" / "experiments.jsonl").read_text("utf-8").splitlines(True)
+        rows = [line for line in lines if json.loads(line)["study"] == study[1]]
+        (home / "runs" / study[1] / "results.jsonl").write_text("".join(rows), encoding="utf-8")
     run = re.search(r"model\.py (runs/\S+)", command)
     if run and not (home / run[1]).exists():
         done = next(home.glob("runs/*/*/ckpt.pt")).parent
@@ -115,6 +132,63 @@ def test_the_commands_run_in_their_order(workplace):
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
         ran += 1
     assert ran >= 8
+
+
+def small_experiment(command):
+    """One seed and one budget; the sizes of a sweep stay, those of the paper do not."""
+    words = small(command.replace("{seed}", "0"))
+    if "train.py" in words:
+        sizes = "--image-size 32 --patch-size 8 --vision-width 0" if "--preset" in command else ""
+        flags = shlex.split(command)
+        budget = "4K" if "," not in flags[flags.index("--tokens") + 1] else "2K,4K"
+        words = words[:-len(shlex.split(SMALL))] + shlex.split(
+            f"--preset laptop --width 16 --depth 1 --context 128 --tokens {budget} --seed 0 "
+            f"--tokens-per-step 512 --warmup 2 --val-rows 2 --device cpu --jobs 1 {sizes}")
+    return words + ["--quick"] * ("bench.py" in command)
+
+
+def lend_runs(command, home):
+    """The runs that a command starts from or reads: any finished one of the same kind."""
+    for path in re.findall(r"runs/[\w.-]+/[\w.{}-]+", command.replace("{seed}", "0")):
+        kind = next((k for k in ("late", "early-learned") if k in path), "early-w")
+        donor = next(p.parent for p in home.glob(f"runs/*/{kind}*/ckpt.pt")
+                     if "0-0-0-100" not in p.parent.name)
+        if not (home / path).exists() and not path.endswith(".jsonl"):
+            shutil.copytree(donor, home / path)
+    if "dclm_1b.pt" in command:
+        donor = next(home.glob("runs/*/early-w*/ckpt.pt"))
+        torch.save(as_open_lm(torch.load(donor, weights_only=True)["model"]), home / "dclm_1b.pt")
+
+
+def as_open_lm(ours):
+    """A state dict with open_lm's names, of the shapes of one of our runs (one layer)."""
+    block, theirs = "blocks.0.", {"tok_embeddings.weight": ours["embedding.weight"],
+                                  "norm.weight": ours["norm.weight"],
+                                  "output.weight": ours["head.weight"]}
+    for name in ("attention_norm", "ffn_norm", "attention.q_norm", "attention.k_norm"):
+        theirs[f"layers.0.{name}.weight"] = ours[f"{block}{name}.weight"]
+    for name, parts in (("attention.in_proj", "attention.q attention.k attention.v"),
+                        ("attention.out_proj", "attention.out"),
+                        ("feed_forward.w12", "ffn.gate ffn.up"), ("feed_forward.w3", "ffn.down")):
+        theirs[f"layers.0.{name}.weight"] = torch.cat(
+            [ours[f"{block}{part}.weight"] for part in parts.split()])
+    theirs["layers.0.attention.pos_embed.inv_freq"] = torch.ones(4)  # head dim 8
+    return {"state_dict": theirs}
+
+
+def test_the_experiments_run_in_their_order(workplace):
+    """The paper's experiments of results/experiments.md, each tiny."""
+    environment, pack = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}, commands()
+    todo = commands(EXPERIMENTS)
+    if not (workplace / "data" / "real").exists():
+        todo = [next(c for c in pack if "data.py pack" in c), *todo]
+    for command in todo:
+        prepare(command, workplace)
+        lend_runs(command, workplace)
+        result = subprocess.run(small_experiment(command), cwd=workplace, env=environment,
+                                capture_output=True, text=True)
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    assert len(todo) >= 30
 
 
 def test_what_is_not_run_here_is_at_least_well_formed():
