@@ -1,8 +1,8 @@
 """Each optimisation that was kept, beside the plainer way it replaced: bench.py --only parts.
 
 Forward and backward pass of the part alone, in the shape of the 1M model (8 rows of 256, width
-128), interleaved; a value is the time of what the code does over that of what it does not, so 0.25 means
-four times faster. The tests show that both give the same numbers.
+128), interleaved; a value is the time of what the code does over that of what it does not, so 0.25
+means four times faster. The tests show that both give the same numbers.
 
 Dimensions: B rows, T context, W width, H heads, F ffn hidden, K text targets, V vocabulary.
 """
