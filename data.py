@@ -557,6 +557,15 @@ class Loader:
         if missing:
             raise SystemExit(f"--mixture {cfg.mixture}: {cfg.data} has no {missing[0]} documents; "
                              "give what is missing 0, as in 100-0-0")
+        self.check_validation()
+
+    def check_validation(self):
+        """Now, not after days of training: there must be something to validate on."""
+        kinds = self.val_kinds()
+        if not kinds or self.packed and not {*kinds} <= {*self.packed["val"].kinds}:
+            wanted = ", ".join(kinds) or "caption, interleaved or text"
+            raise SystemExit(f"{self.cfg.data} has no {wanted} documents in its split val: pack "
+                             "some with --split val, or with a larger --val-fraction")
 
     def kind_of(self, g):
         """(kind, how many rows of that kind came before row g). Every 100 rows hold the mixture's
@@ -834,6 +843,8 @@ def conversation_parts(record, members, folder):
     images = [find_image(name, members, folder)
               for name in (names if isinstance(names, list) else [names])]
     turns, parts = record["conversations"], []
+    if sum(turn["value"].count("<image>") for turn in turns[::2]) > len(images):
+        return [Skip("missing image")]
     for human, gpt in zip(turns[::2], turns[1::2]):
         if (human["from"], gpt["from"]) != ("human", "gpt"):
             return [Skip("turns are not human, gpt, human, gpt, ...")]
@@ -962,7 +973,10 @@ def pack_file(source, kind, folder, tokenizer, made_from):
                 continue                # no text, or a caption without its image
             if kind == "conversation" and reasons:
                 continue                # about a picture that is not there
-            chance = zlib.crc32(os.fsencode(f"{source.name}/{key}")) / 2**32    # always the same
+            unit = os.fsencode(f"{source.name}/{key}")      # always in the same split
+            if kind == "conversation":  # with all other questions about its picture
+                unit = next((part for part in parts if isinstance(part, bytes)), unit)
+            chance = zlib.crc32(unit) / 2**32
             split = "val" if chance < made_from["val_share"] else "train"
             tables.setdefault(split, []).append((file.tell(), len(ids), len(images)))
             sizes = [side for image in images for side in image.shape[:2]]
@@ -987,6 +1001,8 @@ def encode(parts, enc, store_size):
     ids, images, reasons = [], [], []
     for part in parts:
         part = load_image(part, store_size) if isinstance(part, bytes) else part
+        if isinstance(part, str):       # on 1 MB of white space, tiktoken overflows
+            part = type(part)(re.sub(r"(\s{9999})\s+", r"\1", part))
         if isinstance(part, Skip):
             reasons.append(part)
         elif isinstance(part, Question):
@@ -994,7 +1010,6 @@ def encode(parts, enc, store_size):
         elif isinstance(part, Answer):
             ids += [*enc.encode_ordinary(part), enc.eot_token]
         elif isinstance(part, str):
-            part = re.sub(r"(\s{9999})\s+", r"\1", part)  # on 1 MB of it, tiktoken overflows
             ids += enc.encode_ordinary(part) if part.strip() else []
         else:
             images.append(part)

@@ -181,7 +181,7 @@ def attend(q, k, v, mask) -> torch.Tensor:
     if mask is None or isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     from torch.nn.attention.flex_attention import flex_attention
-    return flex_attention(q, k, v, block_mask=mask)
+    return flex_attention(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask)  # rope is in fp32
 
 
 def rope_table(length: int, head_dim: int, theta: float = 10000.0) -> torch.Tensor:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import (PRETRAINING, DataConfig, Loader, Parser, add_flags, parse_count, patchify,
                   usable_cores, vocab_size, write_whole)
 from model import (PRESETS, Block, Model, ModelConfig, adopt, flex_error, generate,
-                   read_weights)
+                   read_weights, split_heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +140,10 @@ def make_cell(given):
         raise SystemExit(f"--preset {preset}: need laptop or one of {', '.join(PRESETS)}")
     base = LAPTOP if preset == "laptop" else {"tokens_per_step": 2048 * 1024, **PRESETS[preset]}
     values = {"tokens_per_step": TrainConfig.tokens_per_step, **base, **given}
-    known = {}  # the sizes of the weights to start from
-    if path := config_of(TrainConfig, values).start("init"):
-        known, _ = read_weights(path, given.get("heads", 0))
-        values = {**values, **known, **given}
-    values["vocab_size"] = max(base.get("vocab_size", 0),
+    path = config_of(TrainConfig, values).start("init")
+    known = sizes_of(path, given, preset) if path else {}
+    values = {**values, **known, **given}
+    values["vocab_size"] = max(base.get("vocab_size", 0), known.get("vocab_size", 0),
                                vocab_size(values.get("data", DataConfig.data)))
     if values.get("fusion") == "late":  # the same run whatever matches it
         given = {k: v for k, v in given.items() if k != "match"}
@@ -178,6 +177,27 @@ def cell_of(given, values, steps):
 
 
 @functools.cache
+def known_sizes(path, heads):
+    return read_weights(path, heads)[0]
+
+
+def sizes_of(path, given, preset):
+    """The model fields that the weights to start from decide. SystemExit where other flags say
+    otherwise and no shape of a parameter would show it."""
+    known = known_sizes(path, given.get("heads", 0))
+    if "heads" in given and split_heads(known["width"], given["heads"]) != \
+            split_heads(known["width"], known["heads"]):
+        raise SystemExit(f"--heads {given['heads']}: {path} was trained with heads of "
+                         f"{split_heads(known['width'], known['heads'])}; leave --heads out")
+    sizes = PRESETS.get(preset, {}).items() if "fusion" in known else ()  # a run's own are whole
+    for field, value in sizes:
+        if field not in (*given, "lr") and known[field] != value:
+            raise SystemExit(f"--preset {preset} has {field} {value}, {path} {known[field]}: give "
+                             "the preset it was trained with, or none")
+    return known
+
+
+@functools.cache
 def positions(data, context, image_size, patch_size):
     return Loader(data, 0, context, image_size, patch_size).positions()
 
@@ -192,11 +212,13 @@ def matched_width(values):
             return Model(config_of(ModelConfig, fields)).num_params()
 
     shape = config_of(ModelConfig, values)
+    if values["match"] == "text":
+        return shape.width
     text, image = positions(config_of(DataConfig, values), shape.context, shape.image_size,
                             shape.patch_size)
-    encoder = {"params": 1, "text": 0, "flops": image / (text + image)}[values["match"]]
+    encoder = 1 if values["match"] == "params" else image / (text + image)
     late, step = count("late", shape.width), 4 if shape.width < 512 else 16
-    widths = range(16, 4 * shape.width, step)
+    widths = [w for w in range(16, 4 * shape.width, step) if not w % (2 * (shape.heads or 1))]
     goal = late["N"] + encoder * late["N_vision"]
     above = bisect.bisect(widths, goal, key=lambda width: count("early", width)["N"])
     near = widths[max(0, above - 1):above + 1]
@@ -210,6 +232,9 @@ def same_text(values, base):
     image_size, patch_size = wanted["image_size"], wanted["patch_size"]
     start = wanted["context"]
     goal, _ = positions(data, start, base["image_size"], base["patch_size"])
+    if values["tokens_per_step"] % start:
+        raise SystemExit(f"--tokens-per-step {values['tokens_per_step']}: need a multiple of "
+                         f"--context {start}")
     context = start + (image_size // patch_size) ** 2
     for _ in range(4):  # text grows about as the row does: each round is nearer
         context = round(context * goal / positions(data, context, image_size, patch_size)[0])
@@ -585,7 +610,7 @@ def evaluate(run):
                 right = (0, 0) if kind in PRETRAINING else right_answers(run.model, inputs)
             total += torch.tensor([loss, batch["nll"].double().sum(), len(batch["nll"]), *right])
         loss, floor, count, right, answers = machine.sum(total).tolist()
-        result[f"loss_{kind}"] = loss / count
+        result[f"loss_{kind}"] = loss / max(count, 1)
         if answers:
             result[f"accuracy_{kind}"] = right / answers
         if run.loader.knows_floor:
@@ -603,11 +628,13 @@ def right_answers(model, batch):
     token is judged after the true ones before it: greedy decoding would get the same answers
     exactly right, at a hundred times the cost."""
     at = batch["target_index"]
+    if not len(at):  # rows without an answer: questions longer than they are
+        return 0, 0
     x, _ = model.decode(batch)                                                   # (B,T,W)
     said = model.head(x.flatten(0, 1)[at]).argmax(-1)                            # (K,)
     wrong = (said != batch["targets"].flatten()[at]).long()                      # (K,)
     begins = torch.ones_like(at)
-    begins[1:] = at[1:] != at[:-1] + 1
+    begins[1:] = (at[1:] != at[:-1] + 1) | (at[1:] % batch["targets"].shape[1] == 0)
     number = begins.cumsum(0) - 1                                                # (K,) its answer's
     mistakes = torch.zeros(int(number[-1]) + 1, dtype=torch.long, device=at.device)
     mistakes.index_add_(0, number, wrong)                                        # (answers,)
@@ -913,6 +940,8 @@ def show_sample(run):
     truth = itertools.takewhile(lambda token: token not in (loader.eot, -1), row.target[first - 1:])
     prompt = [asked[:1], image, asked[1:]]  # end-of-text, the picture, the question if there is one
     room = model.cfg.context - model.cfg.n_patches - len(asked)
+    if room < 1:
+        return
     with torch.compiler.set_stance("force_eager"):  # a growing prompt would compile at each token
         said = generate(model, prompt, min(64, room), stop=loader.eot,
                         n_vocab=loader.encoding.n_vocab)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import (DataConfig, Document, Loader, Parser, encode, expand,
-                  get_tokenizer, patchify, read_source, square)
+                  get_tokenizer, patchify, read_samples, read_source, square)
 from model import generate, load_model
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # not the apostrophe, the colon and the full stop
@@ -90,7 +90,8 @@ def held_out(model, data, source, n):
     asks = re.fullmatch(r"\d+-\d+-\d+-[1-9]\d*", data["mixture"])  # it was trained on questions
     loader = Loader(DataConfig(source, "0-0-0-100" if asks else "100-0-0", val_rows=n), 0,
                     model.cfg.context, model.cfg.image_size, model.cfg.patch_size)
-    if loader.tokenizer != data["tokenizer"]:
+    ours, theirs = get_tokenizer(data["tokenizer"]), loader.encoding
+    if (ours._pat_str, ours._mergeable_ranks) != (theirs._pat_str, theirs._mergeable_ranks):
         raise SystemExit(f"{source}: packed with another tokenizer than the run's")
     for kind in loader.val_kinds() if asks else ["caption"]:
         rows = (loader.fill(kind, i, "val") for i in range(loader.val_rows(kind)))
@@ -102,15 +103,20 @@ def held_out(model, data, source, n):
 
 def conversations(path, cfg, encoding):
     """The same of a json, with its "answers", laid out as data.py does for training."""
-    records = []
+    def raw():
+        for _, record, _ in read_samples(Path(path)):
+            yield json.loads(record) if isinstance(record, bytes) else record
+
+    records = raw()  # read only where the reader below finds nothing wrong
     for key, parts in read_source(Path(path), "conversation"):
         ids, images, bad = encode(parts, encoding, cfg.image_size)
         if bad:
             raise SystemExit(f"{path}, record {key}: {bad[0]}")
         images = [square(image, cfg.image_size) for image in images]
         arrays = expand(Document(np.array(ids), images), encoding.eot_token, cfg.n_patches)
-        records = records or json.loads(Path(path).read_bytes())  # once it is known to be sound
-        yield "question", *arrays[:3], images, records[int(key)].get("answers")
+        answers = next(records).get("answers")  # texts, or as VQA has them
+        answers = answers and [a["answer"] if isinstance(a, dict) else a for a in answers]
+        yield "question", *arrays[:3], images, answers
 
 
 def exchanges(documents, cfg, encoding):
@@ -141,7 +147,7 @@ def main(argv=None):
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     source, encoding, said = args.data or data["data"], get_tokenizer(data["tokenizer"]), []
     documents = islice(conversations(source, model.cfg, encoding), args.n) \
-        if source.endswith(".json") else held_out(model, data, source, args.n or 64)
+        if source.endswith((".json", ".jsonl")) else held_out(model, data, source, args.n or 64)
     for kind, prompt, references in tqdm(exchanges(documents, model.cfg, encoding), disable=None):
         ids = []
         with suppress(ValueError):  # a prompt that fills the context: "", a wrong answer
@@ -161,8 +167,11 @@ def main(argv=None):
         folder = Path(args.run).resolve()
         results = folder.parent / "results.jsonl"
         lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-        rows = {row["run"]: row for row in map(json.loads, lines)}
-        trained = rows.get(folder.name, {"run": folder.name})
+        trained = {"run": folder.name}
+        for line in lines:
+            with suppress(ValueError):  # half a line: another run is just ending
+                known = json.loads(line)
+                trained = known if known["run"] == folder.name else trained
         with open(args.json, "a", encoding="utf-8") as file:
             file.write(json.dumps(trained | row | {"scored": source}) + "\n")
 

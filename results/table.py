@@ -69,7 +69,8 @@ def group(rows, fields):
         if twin is not row:  # they would pass for two seeds
             raise SystemExit(f"{twin['run']} and {row['run']} would be one line and one seed: give "
                              f"--by what differs ({', '.join(varying([twin, row])) or 'nothing'})")
-    first = {value: place for place, value in enumerate(chain(*groups))}
+    places = [*enumerate(chain(*groups))]
+    first = {value: place for place, value in reversed(places)}
     return dict(sorted(groups.items(), key=lambda item: [
         value if isinstance(value, (int, float)) else first[value] for value in item[0]]))
 
@@ -86,6 +87,7 @@ def mean_sd(values):
 def difference(these, those):
     """{seed: loss} of a line and of its reference -> what the last column says."""
     shared = sorted(these.keys() & those.keys())
+    shared = shared if len(shared) > 1 or len(these) == len(those) == 1 else []
     a, b = ([losses[seed] for seed in shared or losses] for losses in (these, those))
     if min(len(a), len(b)) < 2:
         return f"{a[0] - b[0]:+.4f} [—]" if len(a) == len(b) == 1 else "—"

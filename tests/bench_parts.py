@@ -68,7 +68,7 @@ def pairs(device):
     heads, rope = new(B, T, H, W // H), rope_table(T, W // H).to(device)
     x, flat, norm = new(B, T, W), new(B * T, W), nn.LayerNorm(W, bias=False).to(device)
     q, k, v = (new(B, H, T, W // H) for _ in range(3))
-    at = torch.randint(B * T, (B * T * 7 // 10,), device=device).unique()  # targets: 7 in 10
+    at = torch.randperm(B * T, device=device)[:B * T * 7 // 10].sort()[0]  # targets: 7 in 10
     targets = torch.full((B * T,), -1, device=device)
     targets[at] = at % V
     doc = torch.arange(T, device=device).div(64, rounding_mode="floor").expand(B, -1)

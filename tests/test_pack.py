@@ -229,6 +229,31 @@ def test_conversations_keep_their_layout_and_what_is_a_target(tmp_path):
     assert said == [*b" A dot.", end, *b" Yes."]  # the last end-of-text is added with the row
 
 
+def test_questions_about_one_picture_are_in_one_split(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(picture(colour=(50 * i, 0, 0)))
+    records = [{"image": f"{i % 5}.png", "conversations": [
+        {"from": "human", "value": f"<image>\nQuestion {i}?"}, {"from": "gpt", "value": "Yes."}]}
+        for i in range(100)]
+    (tmp_path / "a.json").write_text(json.dumps(records), encoding="utf-8")
+    pack_one(tmp_path, "conversation", tmp_path / "a.json", val_fraction=0.4)
+    colours = [{int(packed.image("conversation", i, 0)[0, 0, 0])
+                for i in range(packed.n_docs("conversation"))}
+               for packed in (Packed(tmp_path / "out"), Packed(tmp_path / "out", "val"))]
+    assert len(colours[0] | colours[1]) == 5 and not colours[0] & colours[1]
+
+
+def test_nothing_to_validate_on_is_said_before_training(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(2 * [{"conversations": [
+        {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}]), encoding="utf-8")
+    write_lines(tmp_path / "a.jsonl", *(json.dumps({"text": f"text {i}"}) for i in range(99)))
+    sources = {"conversation": [str(tmp_path / "a.json")], "text": [str(tmp_path / "a.jsonl")]}
+    pack(sources, tmp_path / "out", image_size=16, val_fraction=0.05, workers=1)
+    assert Packed(tmp_path / "out", "val").kinds == ("text",)
+    with pytest.raises(SystemExit, match="no conversation documents in its split val"):
+        data.Loader(data.DataConfig(str(tmp_path / "out"), "0-0-50-50"), 0, 128, 16, 8)
+
+
 def test_published_conversations_become_answers(tmp_path):
     meta, packed = pack_one(tmp_path, "conversation", ALT / "captions_llava_json" / "data.json")
     records = json.loads((ALT / "captions_llava_json" / "data.json").read_text("utf-8"))

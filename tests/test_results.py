@@ -87,6 +87,14 @@ def test_other_seeds_are_compared_with_welch_and_one_seed_has_no_interval(capsys
     assert learned["Δ loss"] == "-0.1000 [—]" and learned["loss"] == "0.9000"
 
 
+def test_one_shared_seed_of_several_makes_no_pair(capsys, tmp_path):
+    """Its single pair would be beside means of other runs."""
+    rows = [row("none", seed, loss) for seed, loss in ((0, 1.0), (1, 2.0), (2, 3.0))]
+    rows += [row("learned", seed, loss) for seed, loss in ((2, 2.5), (3, 4.0), (4, 4.0))]
+    (_, learned), _ = cells(capsys, tmp_path, rows)
+    assert learned["Δ loss"].startswith("+1.5000 [") and learned["Δ loss"].endswith("Welch")
+
+
 def test_each_line_is_compared_with_its_like(capsys, tmp_path):
     rows = [row(moe, seed, loss * (1 + seed / 10) + width, width=width, run=f"{moe}{width}{seed}")
             for width in (8, 16) for moe, loss in (("none", 1.0), ("learned", 0.7))

@@ -291,6 +291,16 @@ def test_mistakes_in_these_too(tmp_path, flags, words):
         train.parse_grid([*TINY, *flags])
 
 
+def test_flags_that_contradict_the_weights_are_refused(tmp_path):
+    """Neither would show in the shape of a parameter."""
+    run(tmp_path, "--width", "32", "--heads", "2", "--tokens", "2K")
+    start = ["--init", str(one(tmp_path)), "--tokens", "5K"]
+    with pytest.raises(SystemExit, match="--heads 4"):
+        train.parse_grid([*start, "--heads", "4"])
+    with pytest.raises(SystemExit, match="--preset 289m has fusion late"):
+        train.parse_grid([*start, "--preset", "289m"])
+
+
 def test_weights_of_another_size_are_refused(tmp_path):
     run(tmp_path / "a", "--tokens", "2K")
     with pytest.raises(SystemExit, match="width"):
@@ -338,14 +348,20 @@ def test_right_answers_are_those_that_greedy_decoding_gives():
     model = train.Model(cell.model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     right = 0
-    while right < 5:  # of 13
+    for _ in range(200):
+        if right >= 5:  # of 13
+            break
         model(batch).loss.div(batch["target_index"].numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
         right, answers = train.right_answers(model.eval(), batch)
     by_decoding = [decode_answer(model, loader, row, number)
                    for row in rows for number in range(1, row.n_docs + 1)]
-    assert (sum(by_decoding), len(by_decoding)) == (right, answers) and right < answers
+    assert (sum(by_decoding), len(by_decoding)) == (right, answers) and 5 <= right < answers
+    alone = [train.right_answers(model, loader.batch([row])) for row in rows]
+    assert tuple(map(sum, zip(*alone))) == (right, answers)  # however the rows are batched
+    batch["target_index"] = batch["target_index"][:0]
+    assert train.right_answers(model, batch) == (0, 0)  # rows without an answer
 
 
 def decode_answer(model, loader, row, number):
