@@ -49,6 +49,8 @@ def small(command):
         words += ["--image-size", "32", "--tokenizer", "bytes", "--val-fraction", "0.2"]
     if "fit_laws.py" in words and "--help" not in words:
         words += ["--bootstrap", "20"]
+    if words[1:2] == ["tests/bench.py"] and "--only" not in words:
+        words += ["--only", "overhead,scaling"]
     return words
 
 
