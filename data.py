@@ -555,8 +555,11 @@ class Loader:
         missing = [kind for kind, percent in zip(KINDS, self.percent)
                    if percent and self.packed and kind not in self.packed["train"].kinds]
         if missing:
-            raise SystemExit(f"--mixture {cfg.mixture}: {cfg.data} has no {missing[0]} documents; "
-                             "give what is missing 0, as in 100-0-0")
+            there = self.packed["train"].kinds
+            kinds = KINDS if there[0] == KINDS[3] else PRETRAINING
+            example = "-".join("100" if kind == there[0] else "0" for kind in kinds)
+            raise SystemExit(f"--mixture {cfg.mixture}: {cfg.data} has no {missing[0]} documents, "
+                             f"only {', '.join(there)}; give what is missing 0, as in {example}")
         self.check_validation()
 
     def check_validation(self):
@@ -1041,6 +1044,10 @@ def pack(sources, out, tokenizer="bytes", image_size=224, split="train", val_fra
         raise SystemExit("nothing to pack: give --captions, --interleaved, --text or "
                          "--conversations files")
     done = {folder: shard["made_from"] for folder, shard in read_shards(out)}
+    for path, _, folder, _, made_from in jobs:
+        if done.get(folder, made_from)["val_share"] != made_from["val_share"]:
+            print(f"note: {path} was packed with another --split or --val-fraction; it is packed "
+                  "again, as nothing may be in both train and val")
     if any(config[x] != old[x] for old in done.values() for x in config):
         raise SystemExit(f"{out} was packed with another tokenizer than {tokenizer} or another "
                          f"image size than {image_size}: choose another --out")
@@ -1108,6 +1115,9 @@ def write_index(out, config, tokenizer):
         print(f"{split:5} {kind:11}", *counts)
     for reason, (count, example) in skipped.items():
         print(f"skipped {count:,}: {reason} (first: {example})")
+    if len(splits) == 1 and splits.keys() != {"val"}:
+        print("note: nothing is in the split val; training needs it: give other files with --split "
+              "val, or a larger --val-fraction and another --out")
     if not splits:
         raise SystemExit(f"no document could be packed into {out}: see the reasons above")
     meta = {"tokenizer": str(tokenizer), **config, "splits": splits, "skipped": skipped}
@@ -1470,6 +1480,8 @@ def main(argv):
     if not argv or argv[0] not in commands:
         near = difflib.get_close_matches(argv[0], commands, 1) if argv else []
         print(__doc__.split("\n\nIn reading")[0])
+        if argv[:1] in (["-h"], ["--help"]):
+            return print("\npython data.py pack --help, or show --help, lists its flags")
         raise SystemExit(f"data.py: need a command, {' or '.join(commands)}"
                          + (f"; did you mean {near[0]}?" if near else ""))
     commands[argv[0]](argv[1:])

@@ -542,7 +542,9 @@ class Run:
             known, weights = read_weights(path, self.cell.model.heads)
             if part == "decoder" or known.get("fusion") == self.cell.model.fusion:
                 adopt(self.model, weights, part, path)
-                self.machine.say(f"{self.cell.name}: {part} from {path}")
+                what = "patch projection" if part == "vision" and not cfg.init_vision and \
+                    self.cell.model.fusion == "early" else part
+                self.machine.say(f"{self.cell.name}: {what} from {path}")
             elif cfg.init_vision:
                 raise SystemExit(f"--init-vision {path}: not a run of late fusion")
 
@@ -945,11 +947,12 @@ def show_sample(run):
     with torch.compiler.set_stance("force_eager"):  # a growing prompt would compile at each token
         said = generate(model, prompt, min(64, room), stop=loader.eot,
                         n_vocab=loader.encoding.n_vocab)
-    question = loader.encoding.decode(asked[1:]).strip()
-    run.machine.say(f"a held-out picture: {question and question + ' '}"
+    question = loader.encoding.decode(asked[1:])
+    more = f"--image cat.png --prompt $'" + repr(question)[1:] if question else '--prompt "the "'
+    run.machine.say(f"a held-out picture: {question and question.strip() + ' '}"
                     f"{loader.encoding.decode(list(truth))!r}\n"
                     f"the model says:     {loader.encoding.decode(said)!r}\n"
-                    f"ask it more:        python model.py {run.cell.folder} --prompt \"the \"")
+                    f"ask it more:        python model.py {run.cell.folder} {more}")
 
 
 def main(argv):

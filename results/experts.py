@@ -93,6 +93,7 @@ def main(argv=None):
                          "modalities to tell apart")
     for i, cells in enumerate(table(counts)):
         print("|", " | ".join(cells), "|" + f"\n{'| --- ' * len(cells)}|" * (i == 0))
+    print("score: 1 = each expert sees one modality; floor: what experts without a preference have")
     draw(counts, args.out)
 
 

@@ -144,6 +144,9 @@ def main(argv=None):
     parser.add_argument("--json", help="append the numbers to this file")
     args = parser.parse_args(argv)
     model, data = load_model(args.run)
+    if args.data not in (None, "procedural") and not Path(args.data).exists():
+        raise SystemExit(f"{args.data} does not exist: give a json in LLaVA's layout, a packed "
+                         "folder or procedural")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     source, encoding, said = args.data or data["data"], get_tokenizer(data["tokenizer"]), []
     documents = islice(conversations(source, model.cfg, encoding), args.n) \

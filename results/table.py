@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from contextlib import suppress
+from difflib import get_close_matches
 from itertools import chain, groupby
 from pathlib import Path
 
@@ -100,14 +101,16 @@ def difference(these, those):
 def table(groups, fields, metrics, against):
     """Rows of cells. Each line is compared with the one of the lines `against` most like it."""
     shown = [field for field in fields if field != "D"]  # it has its place
-    yield [*shown, "n", "N", "D", *metrics, "tokens/s", f"Δ {metrics[0]}"]
+    sizes = ["N", *(["N_vision"] if any(row.get("N_vision") for seeds in groups.values()
+                                        for row in seeds.values()) else []), "D"]
+    yield [*shown, "n", *sizes, *metrics, "tokens/s", f"Δ {metrics[0]}"]
     for key, seeds in groups.items():
         row, values = next(iter(seeds.values())), [measured(seeds, m) for m in metrics]
         bad = sum(row.get("status", "ok") != "ok" for row in seeds.values())
         other = max(against, key=lambda k: sum(a == b for a, b in zip(k, key)))
         yield [*(str(row.get(field, "—")) for field in shown),
                f"{len(seeds) - bad}" + (f" (+ {bad} diverged)" if bad else ""),
-               *(f"{row.get(size, 0):,}" for size in ("N", "D")),
+               *(f"{row.get(size, 0):,}" for size in sizes),
                *("{:.4f} ± {:.4f}".format(*mean_sd([*v.values()])) if len(v) > 1 else
                  "{:.4f}".format(*v.values()) if v else "—" for v in values),
                f"{np.mean([row.get('tok_per_s') or 0 for row in seeds.values()]):,.0f}",
@@ -138,19 +141,26 @@ def main(argv=None):
     parser = Parser(prog="table.py", description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="+", help="folders with a results.jsonl, or such files")
     parser.add_argument("--by", help="fields that tell lines apart (default: all that vary)")
+    parser.add_argument("--where", action="append", metavar="FIELD=VALUE", help="only such rows")
     parser.add_argument("--against", help="FIELD=VALUE,... to compare with (default: first line)")
     parser.add_argument("--metric", help="default: loss, loss_*, accuracy*, cider*")
     parser.add_argument("--plot", metavar="FIELD", help="draw the metrics against this number")
     parser.add_argument("--out", default="table.png", help="file of the plot")
     args = parser.parse_args(argv)
     rows = read(args.paths)
+    for field, value in (rule.split("=", 1) for rule in args.where or ()):
+        rows = [row for row in rows if str(row.get(field)) == value]
+        if not rows:
+            raise SystemExit(f"--where {field}={value}: no row has that")
     known = sorted(dict.fromkeys(chain(*rows)), key="loss".__ne__)  # loss first
     by, across, metrics, against = (text.split(",") if text else [] for text in (
         args.by, args.plot, args.metric, args.against))
     metrics = metrics or [name for name in known if re.match("loss|accuracy|cider", name)]
     for name in chain(by, across, metrics):
         if name not in known:
-            raise SystemExit(f"no row has the field {name!r}; there are {', '.join(known)}")
+            near = get_close_matches(name, known, 1, 0.0)[0]
+            raise SystemExit(f"no row has the field {name!r}; did you mean {near}? There are "
+                             f"{', '.join(known)}")
     fields = [field for field in by or varying(rows, across) if field not in across
               and not (field == "mixture" and {*across} & {*SHARES})] + across
     groups = group(rows, fields)

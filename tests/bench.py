@@ -726,7 +726,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     names = args.only.split(",")
     if set(names) - set(MARKS) or args.runs < 1:
-        raise SystemExit(f"bench.py: --only takes {','.join(MARKS)}; --runs at least 1")
+        raise SystemExit(f"bench.py: --only takes some of {','.join(MARKS)}; --runs at least 1")
     machine, runs = train.Machine.start("auto"), []
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):

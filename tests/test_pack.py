@@ -615,7 +615,7 @@ def test_show_with_its_defaults_and_with_mistakes(tmp_path, monkeypatch, capsys)
     data.show_command([str(out), "--mixture", "100-0-0"])       # images of 224: 256 patches
     data.show_command(["-n", "70", "--split", "val", "--mixture", "100-0-0"])
     assert "[4, 1024]" in (shown := capsys.readouterr().out) and "[70, 256]" in shown
-    for argv, message in (([str(out)], "no interleaved documents; give"),
+    for argv, message in (([str(out)], "no interleaved documents, only caption, text; give"),
                           (["--patch-size", "-8"], "not possible"),
                           ([str(out), "--mixture", "0-0-100", "--split", "val"], "split val")):
         with pytest.raises(SystemExit, match=message):

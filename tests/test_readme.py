@@ -98,10 +98,13 @@ def make_sources(home):
     (home / "dclm/a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     (home / "cat.png").write_bytes(picture(0))
     (home / "llava").mkdir()
-    (home / "llava" / "cat.png").write_bytes(picture(0))
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Red."}]
     record = {"id": "0", "image": "cat.png", "conversations": turns}
-    (home / "llava" / "vqa.json").write_text(json.dumps(100 * [record]), encoding="utf-8")
+    for name, n in (("train", 100), ("vqa", 5)):
+        records = [{**record, "image": f"{i}.png"} for i in range(n)]
+        (home / "llava" / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
+    for i in range(100):
+        (home / "llava" / f"{i}.png").write_bytes(picture(i % 51))
 
 
 def prepare(command, home):
