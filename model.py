@@ -645,8 +645,8 @@ def print_sizes():
         print(("{:6}{:10}{:5}{:6}{:7.3f}{:7.3f}{:8.3f}{:7.3f}{:7.1f}{:7.1f}{:6.2f}" + 3 * "{:8.1f}")
               .format(name, cfg.fusion + " moe" * (moe != "none"), cfg.width, cfg.vision_width,
                       *(x / 1e9 for x in in_billions)))
-    print("N, N_v, N_total: billions of parameters (N: without encoder, of experts the active ones)\n"
-          "GFLOP to train on a token; DDP, FSDP/8: GB a GPU without activations, row: GB for each\n"
+    print("N, N_v, N_total: billions of parameters (N without encoder, of experts the active);\n"
+          "GFLOP to train on a token; DDP, FSDP/8: GB a GPU without activations; row: GB for each\n"
           "row of 1024 tokens; 1e20: billions of tokens for 1e20 FLOPs")
 
 
