@@ -28,6 +28,7 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -52,7 +53,7 @@ class TrainConfig:
     tokens: str = "4M"  # D, training tokens; counts may end in K, M or B
     tokens_per_step: int = 1024  # tokens a step over all ranks; accumulation is derived
     micro_rows: int = 0  # rows at once on a device; 0 = what memory should allow
-    lr: float = 0.0  # peak learning rate; 0 = the preset's, for laptop 0.19 / width
+    lr: float = 0.0  # peak learning rate; 0 = by width: Table 6 of the paper, laptop 0.19 / width
     vision_lr: float = 1.0  # late fusion: the encoder's share of the rate, 0 = frozen (Table 8)
     warmup: int = 0  # steps; 0 = the paper's 1000 to 5000 by run length, 64 for laptop runs
     cooldown: float = 0.2  # final share of the steps, in which the rate falls to 0
@@ -138,7 +139,8 @@ def make_cell(given):
     preset = given.get("preset", "laptop")
     if preset != "laptop" and preset not in PRESETS:
         raise SystemExit(f"--preset {preset}: need laptop or one of {', '.join(PRESETS)}")
-    base = LAPTOP if preset == "laptop" else {"tokens_per_step": 2048 * 1024, **PRESETS[preset]}
+    base = {"tokens_per_step": 2048 * 1024, **PRESETS.get(preset, {})}
+    base = LAPTOP if preset == "laptop" else {k: v for k, v in base.items() if k != "lr"}
     values = {"tokens_per_step": TrainConfig.tokens_per_step, **base, **given}
     path = config_of(TrainConfig, values).start("init")
     known = sizes_of(path, given, preset) if path else {}
@@ -170,10 +172,23 @@ def cell_of(given, values, steps):
     if train.init_vision and model.fusion != "late":
         raise SystemExit("--init-vision: only late fusion has an encoder; add --fusion late")
     warmup = 64 if train.preset == "laptop" else paper_warmup(steps, model.moe != "none")
-    train = dataclasses.replace(train, lr=train.lr or 0.19 / model.width,
+    train = dataclasses.replace(train, lr=train.lr or default_lr(model, train.preset),
                                 warmup=train.warmup or warmup)
     branch = steps - int(steps * train.cooldown)
     return Cell(model, data, train, steps, branch, run_name(model, train, given))
+
+
+def default_lr(model, preset):
+    """Peak learning rate where none is given. Laptop: 0.19 / width, checked at five widths
+    (results/README.md). With a preset, Table 6's; at a width between two of its (--width, --match)
+    on the straight line between them in logarithms, beyond them that of the nearest: ours."""
+    if preset == "laptop":
+        return 0.19 / model.width
+    rates = sorted((size["width"], size["lr"]) for size in PRESETS.values()
+                   if size["fusion"] == model.fusion)
+    if model.width in dict(rates):
+        return dict(rates)[model.width]
+    return float(np.exp(np.interp(np.log(model.width), *np.log(rates).T)))
 
 
 @functools.cache

@@ -203,6 +203,16 @@ def test_learning_rates_of_the_presets_are_the_papers():
         assert cell.train.tokens_per_step == 2048 * 1024 and cell.train.warmup == 1000
 
 
+def test_learning_rates_between_and_beyond_the_papers_widths():
+    def lr(*flags):
+        return train.parse_grid(["--preset", "275m", "--tokens", "4B", *flags])[0].train.lr
+
+    assert lr("--width", "400") == pytest.approx(1.5e-3)
+    assert 5e-4 < lr("--width", "1344") < 1.5e-3  # half way from 1088 to 1632
+    assert lr("--width", "1360", "--lr", "1e-4") == 1e-4
+    assert cell_of("--width", "32").train.lr == 0.19 / 32
+
+
 def test_decay_is_fully_decoupled():
     """With no gradient, a step at the peak rate shrinks weights by weight_decay, whatever the rate
     is, and leaves gains alone."""
