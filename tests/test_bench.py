@@ -53,5 +53,5 @@ def test_a_quick_run_writes_its_rows(tmp_path):
 
 
 def test_an_unknown_mark_is_one_line():
-    with pytest.raises(SystemExit, match="--only takes ceiling"):
+    with pytest.raises(SystemExit, match="--only takes some of ceiling"):
         main(["--only", "everything"])
