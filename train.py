@@ -669,7 +669,9 @@ def train(run, cells):
     accumulation = rows_per_step // rows // machine.world
     run.describe(rows, accumulation)
     compile_blocks(run)
-    forward = DistributedDataParallel(run.model) if machine.world > 1 else run.model
+    forward = run.model
+    if machine.world > 1:  # the only buffer, the rope table, is the same everywhere: not sent
+        forward = DistributedDataParallel(run.model, broadcast_buffers=False)
     batches = run.loader.train_batches(run.step, cell.steps, rows_per_step, rows, machine.rank,
                                        machine.world, machine.is_cuda)
     bar = tqdm(total=cell.steps, initial=run.step, desc=cell.name, unit="step", leave=False,
