@@ -445,7 +445,8 @@ class Run:
             f"D {D:,} = {cell.steps} steps of {cell.train.tokens_per_step:,} tokens "
             f"({rows} rows x {accumulation} micro-steps x {self.machine.world} ranks), "
             f"lr {cell.train.lr:.2g}, warmup {cell.train.warmup}, cooldown from {cell.branch}, "
-            f"{device_name(self.machine)}" + (f", from step {self.step}" if self.step else ""))
+            f"{device_name(self.machine)}, {'' if compiles(cell.train, self.machine) else 'not '}"
+            "compiled" + (f", from step {self.step}" if self.step else ""))
         asked = parse_count(cell.train.tokens)
         if abs(D - asked) > 0.05 * asked and not cell.train.equal_text:
             self.machine.say(f"note: --tokens {cell.train.tokens} was rounded to whole steps; "
@@ -748,11 +749,16 @@ def micro_step(run, forward, batch):
                         zero + image, zero]).detach()
 
 
+def compiles(cfg, machine):
+    """auto: on CUDA. On a CPU it gains 4 % of a step for 45 s of start-up (results/speed.md)."""
+    return cfg.compile == "on" or cfg.compile == "auto" and machine.is_cuda
+
+
 def compile_blocks(run):
     """Compiles each block, not the model: seconds of start-up instead of minutes, and the head's
     changing number of targets recompiles nothing. With it comes FlexAttention, where it works."""
-    mode, model, machine = run.cell.train.compile, run.model, run.machine
-    if mode == "off" or mode == "auto" and not machine.is_cuda:
+    model, machine = run.model, run.machine
+    if not compiles(run.cell.train, machine):
         return
     torch.compiler.reset()  # else a sweep's later models find the cache full and run uncompiled
     for module in model.modules():
