@@ -268,7 +268,7 @@ class World:
         self.ask(w, [scene], question, "yes" if above_or_left else "no")
 
     def compare(self, w, split):
-        act, said = w.rng.choice(("left", "came", "turned", "moved")), ""
+        act, said, after = w.rng.choice(("left", "came", "turned", "moved")), "", {}
         while act not in said or not self.belongs(after, split):  # both anew: all acts as likely
             before = self.scene(w.rng, split)
             after, what = self.any_change(dict(before), w.rng)
@@ -391,6 +391,11 @@ class DataConfig:
                              "1 and 0")
 
 
+def ids_of(tokens):
+    """The ids of tokens, whether predicted or only read; IMAGE stays."""
+    return np.where(tokens <= READ, READ - tokens, tokens)
+
+
 def expand(document, eot, n_patches):
     """A document as positions, each (L',): ids, patch (number within the document or -1), target
     (-1 = none) and nll of the target. One end-of-text goes before it, so that its first token has
@@ -399,7 +404,7 @@ def expand(document, eot, n_patches):
     framed[1:-1] = document.tokens
     ids, following = framed[:-1], framed[1:]
     is_image = ids == IMAGE
-    ids = np.where(ids <= READ, READ - ids, ids * ~is_image)
+    ids = ids_of(ids) * ~is_image
     size = np.where(is_image, n_patches, 1)
     last = size.cumsum() - 1  # an image predicts from its last patch
     is_patch = is_image.repeat(size)
@@ -999,21 +1004,25 @@ def pack_file(source, kind, folder, tokenizer, made_from):
     os.replace(tmp, folder)             # in one step: a shard is complete or absent
 
 
+def encode_text(part, enc):
+    """The ids of a text: of a Question as only read, of an Answer with its end-of-text."""
+    ids = enc.encode_ordinary(re.sub(r"(\s{9999})\s+", r"\1", part))  # on 1 MB it overflows
+    if isinstance(part, Question):
+        return [READ - i for i in ids]
+    if isinstance(part, Answer):
+        return [*ids, enc.eot_token]
+    return ids if part.strip() else []
+
+
 def encode(parts, enc, store_size):
     """ids (IMAGE for an image), the decoded images, and reasons why something was left out."""
     ids, images, reasons = [], [], []
     for part in parts:
         part = load_image(part, store_size) if isinstance(part, bytes) else part
-        if isinstance(part, str):       # on 1 MB of white space, tiktoken overflows
-            part = type(part)(re.sub(r"(\s{9999})\s+", r"\1", part))
         if isinstance(part, Skip):
             reasons.append(part)
-        elif isinstance(part, Question):
-            ids += [READ - i for i in enc.encode_ordinary(part)]
-        elif isinstance(part, Answer):
-            ids += [*enc.encode_ordinary(part), enc.eot_token]
         elif isinstance(part, str):
-            ids += enc.encode_ordinary(part) if part.strip() else []
+            ids += encode_text(part, enc)
         else:
             images.append(part)
             ids.append(IMAGE)
@@ -1221,8 +1230,7 @@ class Packed:
         tokens = self.tokens(kind, i)
         images = [None] * int((tokens == IMAGE).sum())
         if flip and images[first_image:last_image]:
-            ids = np.where(tokens <= READ, READ - tokens, tokens)
-            text = self.encoding.decode(ids[ids != IMAGE].tolist())
+            text = self.encoding.decode(ids_of(tokens)[tokens != IMAGE].tolist())
             flip = not re.search(r"\b(left|right)", text, re.IGNORECASE)
         for j in range(len(images))[first_image:last_image]:
             pixels = self.image(kind, i, j)

@@ -618,17 +618,25 @@ def adopt(model: Model, weights: dict, part: str, source: str):
 IMAGE_SHARE = 0.544  # of the tokens of the paper's 45-45-10 mixture (D_v / D, App. C.2)
 
 
+def training_memory(model: Model) -> tuple:
+    """Bytes on a GPU with DDP, with FSDP over 8, and of each row of the micro-batch beside them.
+
+    An estimate, of which only the first term is sharp. DDP: 16 bytes a parameter (fp32 weight and
+    gradient, two moments of Adam) and 14 for each of the 2^26 logits that head_loss allows. FSDP:
+    an eighth of the 16, one whole block in bf16, the logits. A row, with --checkpointing: for each
+    token and unit of width, 4 bytes in every block (its fp32 input) and 54 in the one recomputed
+    (counted in bf16 without torch.compile, which needs less). Left out: DDP's buckets (up to 4
+    bytes a parameter), copies of routed tokens, the gaps of the allocator, CUDA itself."""
+    cfg, total, logits = model.cfg, model.num_params()["N_total"], 14 * 2 ** 26
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    row = 54 * cfg.width + 4 * cfg.depth * (cfg.width + IMAGE_SHARE * cfg.vision_width)
+    return 16 * total + logits, 2 * total + 2 * block + logits, cfg.context * row
+
+
 def print_sizes():
     """A line for each of PRESETS, and for the early ones with 8 experts: parameters in billions,
-    FLOPs to train on a token, 6 (N + 0.544 N_v), and the tokens in billions that 1e20 to 1e22 buy.
-
-    GB (1e9 bytes) on a GPU are an estimate, and only the first term is sharp. DDP: 16 bytes a
-    parameter (fp32 weight and gradient, two moments of Adam) and 14 for each of the 2^26 logits
-    that head_loss allows. FSDP/8: an eighth of the 16, one whole block in bf16, the logits. "row"
-    is what each row of 1024 tokens in the micro-batch adds, with --checkpointing: for each token
-    and unit of width, 4 bytes in every block (its fp32 input) and 54 in the one recomputed (counted
-    in bf16 without torch.compile, which needs less). Left out: DDP's buckets (up to 4 bytes a
-    parameter), copies of routed tokens, the gaps of the allocator, CUDA itself."""
+    FLOPs to train on a token, 6 (N + 0.544 N_v), GB of training_memory, and the tokens in billions
+    that 1e20 to 1e22 FLOPs buy."""
     print("name  fusion    width   img      N    N_v N_total  GFLOP    DDP FSDP/8   row"
           "    1e20    1e21    1e22")
     for name, moe in [(name, moe) for moe in ("none", "learned") for name in PRESETS
@@ -636,11 +644,8 @@ def print_sizes():
         cfg = ModelConfig(**{k: v for k, v in PRESETS[name].items() if k != "lr"}, moe=moe)
         with torch.device("meta"):  # shapes without memory
             model = Model(cfg)
-        n, flops, logits = model.num_params(), model.flops(1, IMAGE_SHARE), 14 * 2 ** 26
-        block = sum(p.numel() for p in model.blocks[0].parameters())
-        row = 54 * cfg.width + 4 * cfg.depth * (cfg.width + IMAGE_SHARE * cfg.vision_width)
-        in_billions = (n["N"], n["N_vision"], n["N_total"], flops, 16 * n["N_total"] + logits,
-                       2 * n["N_total"] + 2 * block + logits, cfg.context * row,
+        n, flops = model.num_params(), model.flops(1, IMAGE_SHARE)
+        in_billions = (n["N"], n["N_vision"], n["N_total"], flops, *training_memory(model),
                        *(budget / flops for budget in (1e20, 1e21, 1e22)))
         print(("{:6}{:10}{:5}{:6}{:7.3f}{:7.3f}{:8.3f}{:7.3f}{:7.1f}{:7.1f}{:6.2f}" + 3 * "{:8.1f}")
               .format(name, cfg.fusion + " moe" * (moe != "none"), cfg.width, cfg.vision_width,

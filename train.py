@@ -142,7 +142,8 @@ def make_cell(given):
     base = {"tokens_per_step": 2048 * 1024, **PRESETS.get(preset, {})}
     base = LAPTOP if preset == "laptop" else {k: v for k, v in base.items() if k != "lr"}
     values = {"tokens_per_step": TrainConfig.tokens_per_step, **base, **given}
-    path = config_of(TrainConfig, values).start("init")
+    train = config_of(TrainConfig, values)
+    path = train.start("init")
     known = sizes_of(path, given, preset) if path else {}
     values = {**values, **known, **given}
     values["vocab_size"] = max(base.get("vocab_size", 0), known.get("vocab_size", 0),
@@ -150,12 +151,11 @@ def make_cell(given):
     if values.get("fusion") == "late":  # the same run whatever matches it
         given = {k: v for k, v in given.items() if k != "match"}
         values["match"] = ""
-    train = config_of(TrainConfig, values)
     try:
         steps = max(1, round(parse_count(train.tokens) / train.tokens_per_step))
     except ValueError:
         raise SystemExit(f"--tokens {train.tokens}: need a count as 500K, 2M or 1e6") from None
-    if train.match:
+    if values.get("match"):
         values["width"] = matched_width(values)
     if train.equal_text:
         values.update(same_text(values, {**base, **known}))
@@ -166,9 +166,7 @@ def cell_of(given, values, steps):
     """The cell of these fields, with what is left to derive."""
     model, data, train = (config_of(kind, values)
                           for kind in (ModelConfig, DataConfig, TrainConfig))
-    if train.tokens_per_step % model.context:
-        raise SystemExit(f"--tokens-per-step {train.tokens_per_step}: need whole rows, a multiple "
-                         f"of --context {model.context}")
+    rows_of(train.tokens_per_step, model.context)
     if train.init_vision and model.fusion != "late":
         raise SystemExit("--init-vision: only late fusion has an encoder; add --fusion late")
     warmup = 64 if train.preset == "laptop" else paper_warmup(steps, model.moe != "none")
@@ -176,6 +174,14 @@ def cell_of(given, values, steps):
                                 warmup=train.warmup or warmup)
     branch = steps - int(steps * train.cooldown)
     return Cell(model, data, train, steps, branch, run_name(model, train, given))
+
+
+def rows_of(tokens_per_step, context):
+    rows, rest = divmod(tokens_per_step, context)
+    if rest:
+        raise SystemExit(f"--tokens-per-step {tokens_per_step}: need whole rows, a multiple of "
+                         f"--context {context}")
+    return rows
 
 
 def default_lr(model, preset):
@@ -229,9 +235,11 @@ def matched_width(values):
     shape = config_of(ModelConfig, values)
     if values["match"] == "text":
         return shape.width
-    text, image = positions(config_of(DataConfig, values), shape.context, shape.image_size,
-                            shape.patch_size)
-    encoder = 1 if values["match"] == "params" else image / (text + image)
+    encoder = 1
+    if values["match"] == "flops":
+        text, image = positions(config_of(DataConfig, values), shape.context, shape.image_size,
+                                shape.patch_size)
+        encoder = image / (text + image)
     late, step = count("late", shape.width), 4 if shape.width < 512 else 16
     widths = [w for w in range(16, 4 * shape.width, step) if not w % (2 * (shape.heads or 1))]
     goal = late["N"] + encoder * late["N_vision"]
@@ -247,13 +255,11 @@ def same_text(values, base):
     image_size, patch_size = wanted["image_size"], wanted["patch_size"]
     start = wanted["context"]
     goal, _ = positions(data, start, base["image_size"], base["patch_size"])
-    if values["tokens_per_step"] % start:
-        raise SystemExit(f"--tokens-per-step {values['tokens_per_step']}: need a multiple of "
-                         f"--context {start}")
     context = start + (image_size // patch_size) ** 2
     for _ in range(4):  # text grows about as the row does: each round is nearer
         context = round(context * goal / positions(data, context, image_size, patch_size)[0])
-    return {"context": context, "tokens_per_step": values["tokens_per_step"] // start * context}
+    rows = rows_of(values["tokens_per_step"], start)
+    return {"context": context, "tokens_per_step": rows * context}
 
 
 def config_of(kind, values):
@@ -551,11 +557,14 @@ class Run:
         """Takes over the weights that --init and --init-vision name. The vision part comes with the
         decoder only where both are of one fusion."""
         cfg = self.cell.train
-        vision = cfg.start("init_vision") or cfg.start("init")
-        for part, path in (("decoder", cfg.start("init")), ("vision", vision)):
+        paths = {"decoder": cfg.start("init"),
+                 "vision": cfg.start("init_vision") or cfg.start("init")}
+        read = {path: read_weights(path, self.cell.model.heads)  # a path in both places, once
+                for path in {*paths.values()} - {""}}
+        for part, path in paths.items():
             if not path:
                 continue
-            known, weights = read_weights(path, self.cell.model.heads)
+            known, weights = read[path]
             if part == "decoder" or known.get("fusion") == self.cell.model.fusion:
                 adopt(self.model, weights, part, path)
                 what = "patch projection" if part == "vision" and not cfg.init_vision and \
@@ -971,7 +980,7 @@ def show_sample(run):
         said = generate(model, prompt, min(64, room), stop=loader.eot,
                         n_vocab=loader.encoding.n_vocab)
     question = loader.encoding.decode(asked[1:])
-    more = f"--image cat.png --prompt $'" + repr(question)[1:] if question else '--prompt "the "'
+    more = "--image cat.png --prompt $'" + repr(question)[1:] if question else '--prompt "the "'
     run.machine.say(f"a held-out picture: {question and question.strip() + ' '}"
                     f"{loader.encoding.decode(list(truth))!r}\n"
                     f"the model says:     {loader.encoding.decode(said)!r}\n"

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import (DataConfig, Document, Loader, Parser, encode, expand,
                   get_tokenizer, patchify, read_samples, read_source, square)
 from model import generate, load_model
+from results.table import lines_of
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # not the apostrophe, the colon and the full stop
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
@@ -169,12 +170,8 @@ def main(argv=None):
     if args.json:
         folder = Path(args.run).resolve()
         results = folder.parent / "results.jsonl"
-        lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-        trained = {"run": folder.name}
-        for line in lines:
-            with suppress(ValueError):  # half a line: another run is just ending
-                known = json.loads(line)
-                trained = known if known["run"] == folder.name else trained
+        known = {line["run"]: line for line in lines_of(results)} if results.exists() else {}
+        trained = known.get(folder.name, {"run": folder.name})
         with open(args.json, "a", encoding="utf-8") as file:
             file.write(json.dumps(trained | row | {"scored": source}) + "\n")
 

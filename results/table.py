@@ -28,6 +28,13 @@ MEASURED = re.compile(r"(loss|floor|accuracy|cider|peak|wall|tok_per)\w*|N(_\w+)
 SHARES = ("caption_share", "interleaved_share", "text_share")  # of the mixture, per cent
 
 
+def lines_of(path):
+    """The rows of one file."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # half a line: a run is just ending
+            yield json.loads(line)
+
+
 def read(paths):
     """The rows of all files; of a run that a file has twice, the last."""
     rows = {}
@@ -35,10 +42,8 @@ def read(paths):
         path = path / "results.jsonl" if path.is_dir() else path
         if not path.is_file():
             raise SystemExit(f"{path} does not exist: name folders that train.py wrote (its --out)")
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # half a line: a run is just ending
-                row = json.loads(line)
-                rows[path, row.get("run"), row.get("scored")] = row
+        for row in lines_of(path):
+            rows[path, row.get("run"), row.get("scored")] = row
     if not rows:
         raise SystemExit(f"{', '.join(paths)}: no run has ended yet")
     for row in rows.values():

@@ -48,7 +48,7 @@ import data
 import model as model_file
 import train
 from helpers import make_batch
-from model import Model, Output, ffn_hidden, generate, prompt_batch
+from model import Model, Output, ffn_hidden, generate, prompt_batch, training_memory
 
 SIZES = {"1M": dict(width=128, depth=5, heads=4), "5M": dict(width=256, depth=6, heads=4),
          "20M": dict(width=512, depth=6, heads=8)}
@@ -647,8 +647,8 @@ def gpu_memory(bench):
         given = gpu_flags(preset, checkpointing=True)
         with torch.device("meta"):
             network = Model(train.make_cell(given).model)
-        cfg, size = network.cfg, network.num_params()["N_total"]
-        wanted = 16 * size + 14 * 2**26 + 16 * cfg.context * cfg.width * (4 * cfg.depth + 54)
+        whole, _, row = training_memory(network)
+        wanted = whole + 16 * row
         peak, what = bench.child("peak", given) * 2**20, f"{preset} peak memory / arithmetic"
         rows.append(Row(what, peak / wanted, GPU_MARKS["gpumemory"][what],
                         f"{peak / 1e9:.1f} GB with checkpointing, 16 rows"))
