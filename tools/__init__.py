@@ -1,0 +1,19 @@
+"""What needs an optional package, serves one experiment, or only measures.
+
+Training and fitting work without this folder."""
+import os
+
+
+def need(module, package):
+    """Import `module` or end in one line that says how to install its package."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        raise SystemExit(f"this needs the package {package}: pip install {package}") from None
+
+
+def usable_cores():
+    """Cores that this process may use, which on a shared machine can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,326 @@
+"""The procedural world: documents without end whose irreducible loss is known exactly.
+
+    python world.py                  a document of each kind, with the nats of each choice beside it
+    python world.py text --seed 3
+
+A language model can only be judged against the best possible one if somebody knows what that one
+would score. Here we do, because every choice that a text reveals is drawn with a known probability.
+
+Dimensions:  S image side in pixels
+"""
+import argparse
+import bisect
+import random
+import re
+import zlib
+
+import numpy as np
+
+COLOURS = {  # all brighter than the ground: one linear layer can see a shape whatever its colour
+    "red": (250, 90, 90), "green": (90, 250, 90), "blue": (90, 90, 250), "white": (250, 250, 250),
+    "yellow": (250, 250, 90), "pink": (250, 90, 250), "cyan": (90, 250, 250),
+    "orange": (250, 170, 90),
+}
+VERBS = ("eats", "fears", "likes", "makes")
+COUNTS = ("none", "one", "two", "three", "four", "five")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+ACTS = ("left", "came", "turned", "moved")
+QUESTIONS = ("colour", "count", "relation", "compare")  # the kinds of conversation
+GRID = 4  # a scene is GRID x GRID cells: with S / patch_size = 4, one patch sees a whole thing
+
+
+class Question(str):
+    """A part of a document that is read and never predicted (finetuning, section 7)."""
+
+
+class Answer(str):
+    """What a question asks for. The model has to predict it and the end-of-text after it."""
+
+
+def turn(question, answer):
+    """One exchange of a conversation, laid out the same in real and in procedural data."""
+    return Question(f"\nquestion: {question}\nanswer:"), Answer(f" {answer}")
+
+
+class Writer:
+    """Collects the parts of a document and what each choice cost.
+
+    Every random choice that the *text* reveals goes through `choose`, which charges -log p of what
+    was drawn to the next part that is said. Choices that an image has already shown are not charged
+    because the reader can see them. So the sum of the charges is -log p(text | images), exactly,
+    provided that two different choices never give the same text. Every sentence below keeps to
+    that."""
+
+    def __init__(self, rng):
+        self.rng, self.parts, self.costs = rng, [], []
+        self.pending = 0.0  # nats that the next part has to pay; at the end, the cost to stop
+
+    def choose(self, probabilities):
+        """The index drawn from a list of probabilities. It is charged."""
+        u, i = self.rng.random(), 0
+        while i < len(probabilities) - 1 and u >= probabilities[i]:
+            u, i = u - probabilities[i], i + 1
+        self.charge(probabilities[i])
+        return i
+
+    def charge(self, probability):
+        self.pending -= float(np.log(probability))
+
+    def say(self, text):
+        self.parts.append(text)
+        self.costs.append(self.pending)
+        self.pending = 0.0
+
+    def show(self, image):
+        self.parts.append(image)
+        self.costs.append(0.0)
+
+
+class World:
+    """A world of THINGS, each with a name, a sprite and facts. It is ours: the paper's data come
+    from the web.
+
+    Things are met with Zipfian frequency, so that there is always a rarer name, sprite or fact left
+    to learn. That is what makes the loss fall as a power law in both N and D rather than drop to
+    its floor (Hutter 2021, Michaud et al. 2023). The world itself never changes with the run's
+    seed, which only picks the documents that are read about it."""
+
+    THINGS, VALUES, ZIPF, HEAD = 4096, 64, 1.5, 4
+
+    def __init__(self, image_size=32):
+        if image_size % GRID or image_size < 8 * GRID:  # smaller, two sprites could look alike
+            raise SystemExit(f"--image-size {image_size}: the procedural world needs a multiple of "
+                             f"{GRID}, at least {8 * GRID}")
+        rng = np.random.default_rng(2504_07951)
+        words = make_words(rng, self.THINGS + self.VALUES)
+        self.values, self.names = words[:self.VALUES], words[self.VALUES:]
+        self.facts = rng.integers(self.VALUES, size=(self.THINGS, len(VERBS)))
+        sprites = rng.random((self.THINGS, 8, 8)) < 0.5  # ~32 bits apart: noise can't confuse two
+        self.cell = image_size // GRID
+        near = np.arange(self.cell) * 8 // self.cell  # nearest neighbour
+        self.sprites = sprites[:, near][:, :, near]                    # (THINGS, cell, cell)
+        p = (np.arange(self.THINGS) + self.HEAD) ** -self.ZIPF
+        self.p = p / p.sum()
+        self.friend = rng.choice(self.THINGS, size=self.THINGS, p=self.p)
+        self.cumulative = np.cumsum(self.p).tolist()
+        grey = rng.integers(12, 40, size=(64, 1, 1, 1))
+        noise = rng.integers(-12, 13, size=(64, image_size, image_size, 3))
+        self.backgrounds = (grey + noise).astype(np.uint8)             # (64, S, S, 3)
+
+    def document(self, kind, rng, split="train"):
+        """A document of a kind (caption, interleaved, text, conversation or one of QUESTIONS) ->
+        parts, a list of texts and uint8 (S, S, 3) images, and costs, a list of nats: what each part
+        reveals, and last what it cost to stop. rng: a random.Random, the only source of chance."""
+        writer = Writer(rng)
+        getattr(self, kind)(writer, split)
+        return writer.parts, [*writer.costs, writer.pending]
+
+    # -- kinds of document -----------------------------------------------------------------------
+
+    def caption(self, w, split):
+        """One picture and what it shows in reading order, perhaps with a fact about one thing."""
+        scene = self.scene(w.rng, split)
+        w.show(self.draw(scene, w.rng))
+        self.describe(w, scene)
+        return scene
+
+    def interleaved(self, w, split):
+        """A captioned picture, then the same scene with one change, once or twice. What changed can
+        only be told by comparing the last two pictures. Its start is distributed exactly like a
+        caption, and the first difference is an image, which is never a target; so not knowing the
+        kind of document costs nothing, and the floor is the same for any mixture."""
+        scene = self.caption(w, split)
+        for _ in range(w.rng.randint(1, 2)):
+            scene, what = self.change(scene, w.rng, split)
+            w.show(self.draw(scene, w.rng))
+            w.say(f" {what} now {COUNTS[len(scene)]}.")
+
+    def text(self, w, split):
+        """A walk from thing to thing, telling facts. A story belongs to a split by its words."""
+        while True:
+            story = Writer(w.rng)
+            self.story(story)
+            if held_out(story.parts) == (split == "val"):
+                w.parts, w.costs, w.pending = story.parts, story.costs, story.pending
+                return
+
+    def conversation(self, w, split):
+        """A question whose answer follows from the pictures, so that its floor is 0."""
+        getattr(self, w.rng.choice(QUESTIONS))(w, split)
+
+    # -- scenes ----------------------------------------------------------------------------------
+
+    def thing(self, rng):
+        return min(bisect.bisect(self.cumulative, rng.random()), self.THINGS - 1)
+
+    def scene(self, rng, split):
+        """{cell: (thing, colour)} with one to three things."""
+        while True:
+            scene, last = {}, None
+            cells = rng.sample(range(GRID * GRID), rng.randint(1, 3))
+            for cell in sorted(cells):
+                friend = last is not None and rng.random() < 0.5
+                last = int(self.friend[last]) if friend else self.thing(rng)
+                scene[cell] = (last, rng.randrange(len(COLOURS)))
+            if self.belongs(scene, split):
+                return scene
+
+    def belongs(self, scene, split):
+        """A scene belongs to one split by its hash, so no picture of the validation set is ever
+        trained on. A text's probability given its pictures does not depend on the split, so the
+        floor stays exact."""
+        return held_out(sorted(scene.items())) == (split == "val")
+
+    def draw(self, scene, rng):
+        """uint8 (S, S, 3)."""
+        canvas, c = self.backgrounds[rng.randrange(64)].copy(), self.cell
+        rgb = list(COLOURS.values())
+        for cell, (thing, colour) in scene.items():
+            y, x = cell // GRID * c, cell % GRID * c
+            canvas[y:y + c, x:x + c][self.sprites[thing]] = rgb[colour]
+        return canvas
+
+    def change(self, scene, rng, split):
+        """(new scene of the same split, what a viewer of both pictures would say)."""
+        while True:
+            changed, what = self.any_change(dict(scene), rng)
+            if self.belongs(changed, split):
+                return changed, what
+
+    def any_change(self, scene, rng):
+        free = rng.choice([c for c in range(GRID * GRID) if c not in scene])
+        act = rng.choice(ACTS) if scene else "came"
+        cell = rng.choice(sorted(scene)) if scene else free
+        noun = self.noun(scene[cell]) if scene else ""
+        if act == "left":
+            del scene[cell]
+            return scene, f"the {noun} left,"
+        if act == "came":
+            scene[free] = (self.thing(rng), rng.randrange(len(COLOURS)))
+            return scene, f"a {self.noun(scene[free])} came,"
+        if act == "moved":
+            scene[free] = scene.pop(cell)
+            return scene, f"the {noun} moved,"
+        thing, old = scene[cell]
+        scene[cell] = (thing, (old + rng.randrange(1, len(COLOURS))) % len(COLOURS))
+        return scene, f"the {noun} turned {list(COLOURS)[scene[cell][1]]},"
+
+    # -- sentences -------------------------------------------------------------------------------
+
+    def noun(self, scene_item):
+        thing, colour = scene_item
+        return f"{list(COLOURS)[colour]} {self.names[thing]}"
+
+    def describe(self, w, scene):
+        """"a red mivo, a gold pelu; the pelu eats sodi." The mark says whether a fact follows, so
+        that the end of a caption is no choice (see `interleaved`)."""
+        with_places = w.choose([0.7, 0.3])
+        for i, cell in enumerate(sorted(scene)):
+            row, column = cell // GRID >= GRID // 2, cell % GRID >= GRID // 2
+            place = f" {PLACES[2 * row + column]}" if with_places else ""
+            w.say(f"{', ' if i else ''}a {self.noun(scene[cell])}{place}")
+        if w.choose([0.5, 0.5]):
+            return w.say(".")
+        things = sorted({thing for thing, _ in scene.values()})
+        w.say("; the")
+        thing = things[w.choose([1 / len(things)] * len(things))]
+        w.say(f" {self.names[thing]}")
+        self.say_fact(w, thing)
+
+    def say_fact(self, w, thing):
+        verb = w.choose([1 / len(VERBS)] * len(VERBS))
+        w.say(f" {VERBS[verb]}")
+        w.say(f" {self.values[self.facts[thing, verb]]}.")
+
+    def story(self, w):
+        thing = self.thing(w.rng)
+        w.charge(self.p[thing])
+        w.say(f"the {self.names[thing]}")
+        for _ in range(7):
+            self.say_fact(w, thing)
+            act = w.choose([0.1, 0.65, 0.25])
+            if act == 0:
+                return
+            if act == 1:
+                w.say(" it")
+                continue
+            known = int(self.friend[thing])
+            other = known if w.rng.random() < 0.5 else self.thing(w.rng)
+            w.charge(0.5 * (other == known) + 0.5 * self.p[other])  # both ways lead to a friend
+            w.say(f" it met the {self.names[other]}")
+            w.say(". it")
+            thing = other
+        self.say_fact(w, thing)
+
+    # -- questions about pictures ----------------------------------------------------------------
+
+    def ask(self, w, scenes, question, answer):
+        for scene in scenes:
+            w.show(self.draw(scene, w.rng))
+        for part in turn(question, answer):
+            w.say(part)
+
+    def colour(self, w, split):
+        scene = self.scene(w.rng, split)
+        while len({thing for thing, _ in scene.values()}) < len(scene):  # "the" would be unclear
+            scene = self.scene(w.rng, split)
+        thing, colour = scene[w.rng.choice(sorted(scene))]
+        question = f"what colour is the {self.names[thing]}?"
+        self.ask(w, [scene], question, list(COLOURS)[colour])
+
+    def count(self, w, split):
+        scene = self.scene(w.rng, split)
+        self.ask(w, [scene], "how many things?", COUNTS[len(scene)])
+
+    def relation(self, w, split):
+        scene = {}
+        while len({thing for thing, _ in scene.values()}) < max(2, len(scene)):
+            scene = self.scene(w.rng, split)
+        here, there = w.rng.sample(sorted(scene), 2)
+        down, right = (a - b for a, b in zip(divmod(here, GRID), divmod(there, GRID)))
+        vertical = abs(down) > abs(right) or abs(down) == abs(right) and w.rng.random() < 0.5
+        names = [self.names[scene[cell][0]] for cell in (here, there)]
+        before = (down if vertical else right) < 0
+        question = f"is the {names[0]} {'above' if vertical else 'left of'} the {names[1]}?"
+        self.ask(w, [scene], question, "yes" if before else "no")
+
+    def compare(self, w, split):
+        act, said, after = w.rng.choice(ACTS), "", {}
+        while act not in said or not self.belongs(after, split):  # both anew: all acts as likely
+            before = self.scene(w.rng, split)
+            after, what = self.any_change(dict(before), w.rng)
+            said = re.search(r"(left|came|moved|turned \w+),$", what)[1]
+        self.ask(w, [before, after], "what changed?", f"one {said}")
+
+
+def make_words(rng, n):
+    """n distinct pseudo-words. The frequent ones come first and are shorter."""
+    syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+    words = {}
+    while len(words) < n:
+        size = 2 + (len(words) > 800)
+        words["".join(rng.choice(syllables, size))] = None
+    return list(words)
+
+
+def held_out(content):
+    """One in sixteen, by a hash that is the same on every machine (Python's own is not)."""
+    return zlib.crc32(repr(content).encode()) % 16 == 0
+
+
+def main():
+    kinds = ("caption", "interleaved", "text", "conversation")
+    parser = argparse.ArgumentParser(description="Print documents of the world with their nats.")
+    parser.add_argument("kind", nargs="?", choices=kinds, help="default: one of each")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    world, rng = World(), random.Random(args.seed)
+    for kind in [args.kind] if args.kind else kinds:
+        parts, costs = world.document(kind, rng)
+        print(f"\n{kind}: {sum(costs):.3f} nats")
+        for part, cost in zip([*parts, "(the end)"], costs):
+            print(f"{cost:7.3f}  {part if isinstance(part, str) else '(a picture)'!r}")
+
+
+if __name__ == "__main__":
+    main()
