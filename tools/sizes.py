@@ -1,0 +1,127 @@
+"""The paper's sizes, what a budget buys, and sizes that match.
+
+    python -m tools.sizes                                   a table of all presets
+    python train.py $(python -m tools.sizes --match params --width 96) --tokens 1M
+    python train.py $(python -m tools.sizes --equal-text --image-size 48 --tokens 1M)
+
+--match prints the flags of the early-fusion model that equals late fusion of the given width or
+preset (section 5.9). --equal-text prints the context and the tokens at which images of a given size
+come with as much text as at the default size (section 5.8). Both take the flags of train.py too.
+"""
+import bisect
+from dataclasses import replace
+
+import torch
+
+from data import DataConfig, Loader, check
+from model import PRESETS, Model, ModelConfig
+from train import Parser, TrainConfig, add_flags, make_runs
+
+IMAGE_SHARE = 0.544  # of the tokens of the paper's 45-45-10 mixture (D_v / D, App. C.2)
+
+
+def on_meta(cfg):
+    """A Model of this config whose parameters have shapes but no memory."""
+    with torch.device("meta"):
+        return Model(cfg)
+
+
+def training_memory(model):
+    """Bytes on a GPU with DDP, with FSDP over 8, and of each row of the micro-batch beside them.
+
+    An estimate, of which only the first term is sharp. DDP: 16 bytes a parameter (fp32 weight and
+    gradient, two moments of Adam) and 14 for each of the 2^26 logits that head_loss allows. FSDP:
+    an eighth of the 16, one whole block in bf16, the logits. A row, with --checkpointing: for each
+    token and unit of width, 4 bytes in every block (its fp32 input) and 54 in the one recomputed
+    (counted in bf16 without torch.compile, which needs less). Left out: DDP's buckets (up to 4
+    bytes a parameter), copies of routed tokens, the gaps of the allocator, CUDA itself."""
+    cfg, total, logits = model.cfg, model.num_params()["N_total"], 14 * 2 ** 26
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    row = 54 * cfg.width + 4 * cfg.depth * (cfg.width + IMAGE_SHARE * cfg.vision_width)
+    return 16 * total + logits, 2 * total + 2 * block + logits, cfg.context * row
+
+
+def print_sizes():
+    """A line for each of PRESETS, and for the early ones with 8 experts."""
+    print("name  fusion    width   img      N    N_v N_total  GFLOP    DDP FSDP/8   row"
+          "    1e20    1e21    1e22")
+    for moe in ("none", "learned"):
+        for name, sizes in PRESETS.items():
+            if moe == "learned" and sizes["fusion"] == "late":
+                continue
+            cfg = ModelConfig(**{k: v for k, v in sizes.items() if k != "lr"}, moe=moe)
+            model = on_meta(cfg)
+            n, flops = model.num_params(), model.flops(1, IMAGE_SHARE)
+            numbers = (n["N"], n["N_vision"], n["N_total"], flops, *training_memory(model),
+                       *(budget / flops for budget in (1e20, 1e21, 1e22)))
+            kind = cfg.fusion + " moe" * (moe != "none")
+            line = "{:6}{:10}{:5}{:6}{:7.3f}{:7.3f}{:8.3f}{:7.3f}{:7.1f}{:7.1f}{:6.2f}"
+            print((line + 3 * "{:8.1f}").format(name, kind, cfg.width, cfg.vision_width,
+                                                *(x / 1e9 for x in numbers)))
+    print("N, N_v, N_total: billions of parameters (N without encoder, of experts the active);\n"
+          "GFLOP to train on a token; DDP, FSDP/8: GB a GPU without activations; row: GB for each\n"
+          "row of 1024 tokens; 1e20: billions of tokens for 1e20 FLOPs")
+
+
+def positions(data, model):
+    """(text, image) positions of a row, the mean of the first 100 rows of training."""
+    loader = Loader(data, 0, model.context, model.image_size, model.patch_size)
+    rows = [loader.row(g) for g in range(100)]
+    images = sum(int((row.patch >= 0).sum()) for row in rows) / 100
+    return sum(row.used for row in rows) / 100 - images, images
+
+
+def matched_width(run, rule):
+    """The width at which early fusion is nearest to late fusion of the run's width: in the
+    parameters of decoder and encoder ("params"), in those of the decoder ("text"), or in training
+    FLOPs (paper 1.4: an encoder counts by the share of positions that are images)."""
+    def count(fusion, width):
+        return on_meta(replace(run.model, fusion=fusion, width=width)).num_params()
+
+    shape, encoder = run.model, {"params": 1, "text": 0}.get(rule)
+    if encoder is None:
+        text, image = positions(run.data, shape)
+        encoder = image / (text + image)
+    late, step = count("late", shape.width), 4 if shape.width < 512 else 16
+    widths = [w for w in range(16, 4 * shape.width, step) if not w % (2 * (shape.heads or 1))]
+    goal = late["N"] + encoder * late["N_vision"]
+    above = bisect.bisect(widths, goal, key=lambda width: count("early", width)["N"])
+    near = widths[max(0, above - 1):above + 1]
+    return min(near, key=lambda width: abs(count("early", width)["N"] - goal))
+
+
+def equal_text(given):
+    """The flags at which a row holds as much text as it does with images of the default size:
+    images take more room, so the row grows, and with it the tokens of a step and of the run."""
+    run, = make_runs(given)
+    base, = make_runs({k: v for k, v in given.items() if k not in ("image_size", "patch_size")})
+    goal, _ = positions(base.data, base.model)
+    context = base.model.context + run.model.n_patches
+    for _ in range(4):  # text grows about as the row does: each round is nearer
+        text, _ = positions(run.data, replace(run.model, context=context))
+        context = round(context * goal / text)
+    step = base.train.tokens_per_step // base.model.context * context
+    return (f"--image-size {run.model.image_size} --patch-size {run.model.patch_size} --context "
+            f"{context} --tokens-per-step {step} --tokens {base.steps * step}")
+
+
+def main(argv=None):
+    parser = Parser(prog="sizes", description=__doc__)
+    parser.add_argument("--match", choices=("params", "text", "flops"))
+    parser.add_argument("--equal-text", action="store_true")
+    for config in (TrainConfig, ModelConfig, DataConfig):
+        add_flags(parser, config)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    rule, same_text = given.pop("match", None), given.pop("equal_text")
+    if rule:
+        run, = make_runs({**given, "fusion": "late"})
+        print(f"--fusion early --width {matched_width(run, rule)}")
+    elif same_text:
+        print(equal_text(given))
+    else:
+        check(not given, f"sizes: {', '.join(given)} needs --match or --equal-text")
+        print_sizes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Train many models: one train.py for each combination of comma-separated values.
+
+    python -m tools.sweep --fusion early,late --width 16,32 --tokens 1M,2M --seed 0,1 --out runs/x
+    python -m tools.sweep ... --part 2/4        on the second of four machines that share a study
+
+Budgets (--tokens) stay together, because they share a trunk. A machine with GPUs trains one model on
+each of them; a CPU trains one a core, each on one thread, because two threads on one small model
+are slower than two models on a thread each. All other flags go to train.py. Stop it when you like:
+the same command goes on where it stopped.
+"""
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import torch
+from tqdm import tqdm
+
+import train
+from data import check
+from tools import usable_cores
+
+
+def parse_grid(words):
+    """Flags with comma lists -> [(the words of one train.py, its Runs)], the longest first, because
+    otherwise one process would end up alone with it."""
+    grid = {}
+    for word in words:
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            grid[flag] = value
+        else:
+            check(grid, f"sweep: {word!r} follows no flag")
+            grid[flag] = word
+    lists = [[value] if flag == "--tokens" else value.split(",") for flag, value in grid.items()]
+    jobs = {}
+    for values in itertools.product(*lists):
+        argv = [word for pair in zip(grid, values) for word in pair if word]
+        runs = train.parse_runs(argv)
+        jobs[runs[-1].name] = argv, runs  # values that are given twice are one run
+    return sorted(jobs.values(), key=lambda job: cost(job[1][-1]), reverse=True)
+
+
+def cost(run):
+    """Of a run, about in proportion to its time."""
+    return run.steps * run.train.tokens_per_step * run.model.width ** 2 * run.model.depth
+
+
+def places(device, jobs):
+    """Environment variables for each process at a time: one a GPU, or one a core."""
+    if device not in ("cpu", "mps") and torch.cuda.is_available():
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
+            map(str, range(torch.cuda.device_count())))
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in seen.split(",")][:jobs or None]
+    if device == "mps" or device == "auto" and torch.backends.mps.is_available():
+        return [{}]
+    return [{"OMP_NUM_THREADS": "1"}] * (jobs or usable_cores())
+
+
+def start(argv, run, place):
+    """A child that trains, its output in OUT/logs/RUN.log."""
+    path = run.folder.parent / "logs" / f"{run.name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as log:
+        child = subprocess.Popen([sys.executable, "-m", "tools.sweep", "--child", *argv],
+                                 env={**os.environ, **place}, stdin=subprocess.PIPE,
+                                 stdout=log, stderr=log)
+    child.log, child.asked = path, False  # asked to stop
+    return child
+
+
+def be_child(argv):
+    """train.py in a process that ends with its parent, however that dies: its standard input is
+    closed then, and the read returns."""
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+    train.main(argv)
+
+
+def failure(child):
+    """Why a child ended, in a line; None if it ended well."""
+    code = child.returncode
+    if code in (0, 130):
+        return None
+    if code < 0:
+        return (f"killed by {signal.Signals(-code).name} (was there enough memory? try fewer "
+                f"--jobs or smaller --micro-rows); see {child.log}")
+    last = child.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+    return f"{''.join(last)} (see {child.log})"
+
+
+def steps_done(run):
+    """Steps in a run's log so far."""
+    path = run.folder / "log.jsonl"
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 2000))
+        lines = file.read().decode("utf-8", "replace").splitlines()[:-1]  # the last may be partial
+    return json.loads(lines[-1])["step"] + 2 if len(lines) > 1 else 0
+
+
+def train_all(jobs, free, bar, stop):
+    """Keeps all places busy until every job has ended -> failures, a list of lines."""
+    runs, waiting, children, failures = [run for _, all in jobs for run in all], list(jobs), {}, []
+    out, told = runs[0].train.out, set(train.finished(runs[0].train.out))
+    while waiting and not stop.asked or children:
+        while waiting and free and not stop.asked:
+            argv, (*_, longest) = waiting.pop(0)
+            place = free.pop()
+            children[longest.name] = start(argv, longest, place), place
+        time.sleep(0.5)
+        for name, (child, place) in list(children.items()):
+            if child.poll() is None:
+                if stop.asked and not child.asked:  # once: the second time would end its saving
+                    child.terminate()
+                child.asked = stop.asked
+                continue
+            del children[name]
+            free.append(place)
+            why = failure(child)
+            failures += [f"{name}: {why}"] if why and not child.asked else []
+        rows = train.finished(out)
+        for name in [run.name for run in runs if run.name in rows.keys() - told]:
+            tqdm.write(train.summary(rows[name]), file=sys.stdout)
+        told |= rows.keys()
+        bar.update(sum(map(steps_done, runs)) - bar.n)
+    return failures
+
+
+def main(argv=None):
+    parser = train.Parser(prog="sweep", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=0, help="processes at a time; 0: one a core, or "
+                        "one a GPU")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only this part of the study")
+    parser.add_argument("--child", action="store_true", help=train.argparse.SUPPRESS)
+    args, words = parser.parse_known_args(argv)
+    if args.child:
+        return be_child(words)
+    jobs = parse_grid(words)
+    part, _, parts = args.part.partition("/")
+    check(part.isdigit() and parts.isdigit() and 0 < int(part) <= int(parts),
+          f"--part {args.part}: need I/N, as 2/4 for the second of four machines")
+    check(args.jobs >= 0, f"--jobs {args.jobs}: need 0 or more")
+    jobs = jobs[int(part) - 1::int(parts)]
+    runs = [run for _, all in jobs for run in all]
+    check(runs, f"--part {args.part}: there are fewer runs than parts")
+    free, done = places(runs[0].train.device, args.jobs), train.finished(runs[0].train.out)
+    print(f"{len(runs)} runs, {sum(run.name in done for run in runs)} of them finished before, "
+          f"{min(len(free), len(jobs))} at a time", flush=True)
+    bar = tqdm(total=sum(run.steps for run in runs), unit="step", disable=not sys.stderr.isatty())
+    with train.StopSignal() as stop, bar:
+        failures = train_all(jobs, free, bar, stop)
+    for line in failures:
+        print(line, file=sys.stderr)
+    if stop.asked:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    missing = [run.name for run in runs if run.name not in train.finished(run.train.out)]
+    check(not missing, f"{len(missing)} of {len(runs)} runs are not finished; the same command goes "
+          "on from here")
+
+
+if __name__ == "__main__":
+    main()
