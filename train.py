@@ -124,7 +124,7 @@ def make_runs(given):
     check(preset in ("laptop", *PRESETS),
           f"--preset {preset}: need laptop or one of {', '.join(PRESETS)}")
     sizes = LAPTOP if preset == "laptop" else {**PRESETS[preset], "tokens_per_step": 2048 * 1024}
-    sizes = {**sizes, **sizes_of_weights(given, sizes)}
+    sizes = {**sizes, **sizes_of_weights(given)}
     words = max(sizes.get("vocab_size", 0), vocab_size(given.get("data", DataConfig.data)))
     values = {**sizes, "lr": 0.0, **given, "vocab_size": words}
     budgets = dict.fromkeys(given.get("tokens", TrainConfig.tokens).split(","))
@@ -159,7 +159,7 @@ def config_of(kind, values):
         raise SystemExit(f"train.py: {error}") from None
 
 
-def sizes_of_weights(given, sizes):
+def sizes_of_weights(given):
     """The model fields that the weights to start from decide. SystemExit where other flags say
     otherwise and no shape of a parameter would show it."""
     path = given.get("init", "").replace("{seed}", str(given.get("seed", 0)))
@@ -170,9 +170,10 @@ def sizes_of_weights(given, sizes):
     check("heads" not in given or split_heads(known["width"], given["heads"]) == heads,
           f"--heads {given.get('heads')}: {path} was trained with heads of {heads}; leave --heads "
           "out")
-    for field in known.keys() & sizes.keys() if "preset" in given and "fusion" in known else ():
-        check(field in given or known[field] == sizes[field],
-              f"--preset {given['preset']} has {field} {sizes[field]}, {path} {known[field]}: give "
+    preset = PRESETS.get(given.get("preset"), {}) if "fusion" in known else {}
+    for field in [f for f in preset if f in known and f not in given]:
+        check(known[field] == preset[field],
+              f"--preset {given['preset']} has {field} {preset[field]}, {path} {known[field]}: give "
               "the preset it was trained with, or none")
     return known
 

@@ -31,15 +31,16 @@ def parse_grid(words):
     grid = {}
     for word in words:
         if word.startswith("--"):
-            flag, _, value = word.partition("=")
-            grid[flag] = value
+            flag, equals, value = word.partition("=")
+            grid[flag] = value if equals else None
         else:
             check(grid, f"sweep: {word!r} follows no flag")
             grid[flag] = word
-    lists = [[value] if flag == "--tokens" else value.split(",") for flag, value in grid.items()]
+    lists = [[value] if flag == "--tokens" or value is None else value.split(",")
+             for flag, value in grid.items()]
     jobs = {}
     for values in itertools.product(*lists):
-        argv = [word for pair in zip(grid, values) for word in pair if word]
+        argv = [word for pair in zip(grid, values) for word in pair if word is not None]
         runs = train.parse_runs(argv)
         jobs[runs[-1].name] = argv, runs  # values that are given twice are one run
     return sorted(jobs.values(), key=lambda job: cost(job[1][-1]), reverse=True)

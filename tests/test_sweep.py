@@ -1,0 +1,154 @@
+"""Sweeps and matched sizes: python -m pytest -q tests/test_sweep.py"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+from tools import sizes, sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--depth 1 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 2 "
+        "--device cpu").split()
+
+
+def start(out, *flags):
+    command = [sys.executable, "-m", "tools.sweep", *TINY, "--out", str(out), *flags]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def wait_for(folder, pattern, process):
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_a_grid_is_the_product_of_its_lists_and_budgets_stay_together():
+    jobs = sweep.parse_grid([*TINY, "--width=16,24,16", "--fusion", "early,late", "--augment",
+                             "--tokens", "5K,10K", "--init-vision", ""])
+    assert len(jobs) == 4 and all(len(runs) == 2 for _, runs in jobs)
+    assert {(run.model.width, run.model.fusion) for _, runs in jobs for run in runs} == {
+        (16, "early"), (16, "late"), (24, "early"), (24, "late")}
+    assert jobs[0][1][0].model.width == 24  # the longest first
+    assert all(run.data.augment for _, runs in jobs for run in runs)
+
+
+def test_a_sweep_trains_every_run_once_and_skips_what_is_finished(tmp_path):
+    """One of its runs diverges, which is a result and stops nothing."""
+    flags = ["--width", "16,24", "--lr", "1e-3,1e30", "--grad-clip", "1e30", "--tokens", "3K,5K"]
+    for _ in range(2):
+        process = start(tmp_path, *flags)
+        said, errors = process.communicate()
+        assert process.returncode == 0, errors
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
+    assert len(rows) == len({row["run"] for row in rows}) == 8
+    assert sorted(row["status"] for row in rows) == ["diverged"] * 4 + ["ok"] * 4
+    assert "8 of them finished before" in said
+
+
+def test_parts_share_a_study(tmp_path):
+    for part in ("1/2", "2/2"):
+        process = start(tmp_path, "--width", "16,24,32", "--tokens", "2K", "--part", part)
+        assert process.communicate() and process.returncode == 0
+        names = [json.loads(line)["run"] for line in (tmp_path / "results.jsonl").open()]
+    assert len(names) == len({*names}) == 3
+
+
+def test_children_die_with_a_parent_that_is_killed(tmp_path):
+    process = start(tmp_path, "--width", "16,24", "--tokens", "2M", "--save-every", "5")
+    wait_for(tmp_path, "*/ckpt.pt", process)
+    process.kill()
+    process.communicate()
+    sizes_before = None
+    for _ in range(100):  # a child that lived would go on writing its log
+        time.sleep(0.1)
+        now = [path.stat().st_size for path in tmp_path.glob("*/log.jsonl")]
+        if now == sizes_before:
+            break
+        sizes_before = now
+        time.sleep(1.5)
+    assert now == sizes_before and not train.finished(tmp_path)
+
+
+def test_a_stopped_sweep_saves_and_says_so(tmp_path):
+    process = start(tmp_path, "--width", "16,24", "--tokens", "2M", "--save-every", "1000000")
+    wait_for(tmp_path, "*/log.jsonl", process)
+    process.terminate()
+    said, errors = process.communicate()
+    assert process.returncode == 130 and "goes on from here" in errors
+    assert "killed" not in errors
+
+
+def test_a_child_that_is_killed_is_named_and_the_others_go_on(tmp_path):
+    process = start(tmp_path, "--width", "16,24", "--tokens", "60K", "--jobs", "1")
+    wait_for(tmp_path, "*w24*/log.jsonl", process)
+    found = subprocess.run(["pgrep", "-f", f"child.*{tmp_path}.*--width 24"], text=True,
+                           capture_output=True).stdout.split()
+    os.kill(int(found[0]), signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "SIGKILL" in errors and "1 of 2 runs" in errors
+    assert [row["width"] for row in train.finished(tmp_path).values()] == [16]
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--width", "16,33"], "width 33"), (["--widht", "16,32"], "--width"),
+    (["--part", "3/2"], "--part 3/2"), (["16"], "16"), (["--jobs", "-1"], "--jobs -1"),
+    (["--part", "2/2"], "--part 2/2")])
+def test_mistakes_end_in_one_clear_line_before_anything_is_trained(tmp_path, flags, words):
+    with pytest.raises(SystemExit, match=words) as error:
+        sweep.main([*flags, *TINY, "--out", str(tmp_path)])
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_each_gpu_gets_a_run(monkeypatch):
+    monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert sweep.places("auto", 0) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "012"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert sweep.places("cuda", 1) == [{"CUDA_VISIBLE_DEVICES": "5"}]
+    assert sweep.places("cpu", 4) == [{"OMP_NUM_THREADS": "1"}] * 4
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+
+def said(capsys, *argv):
+    sizes.main(list(argv))
+    return capsys.readouterr().out
+
+
+def test_early_fusion_is_matched_to_late(capsys):
+    """By parameters, by the text model, by FLOPs (section 5.9)."""
+    late, = train.parse_runs(["--fusion", "late", "--width", "96"])
+    n, N, share = train.Model(late.model).num_params(), {}, 0.27  # of the positions are images
+    for rule in ("params", "text", "flops"):
+        early, = train.parse_runs(said(capsys, "--match", rule, "--width", "96").split())
+        assert early.model.fusion == "early"
+        N[rule] = train.Model(early.model).num_params()["N"]
+    for rule, encoder in (("params", 1), ("flops", share)):
+        assert N[rule] == pytest.approx(n["N"] + encoder * n["N_vision"], rel=0.05), rule
+    assert N["text"] < N["flops"] < N["params"] and N["text"] == n["N"]
+
+
+def test_every_resolution_reads_the_same_text(capsys):
+    large, = train.parse_runs(said(capsys, "--equal-text", "--image-size", "48", "--tokens",
+                                   "40K").split())
+    small, = train.parse_runs(["--tokens", "40K"])
+    text, images = zip(*(sizes.positions(run.data, run.model) for run in (small, large)))
+    assert large.steps == small.steps and images[1] > 2 * images[0]
+    assert text[0] == pytest.approx(text[1], rel=0.02)
+
+
+def test_the_table_of_sizes_has_the_papers_and_their_experts(capsys):
+    lines = said(capsys).splitlines()
+    assert sum(line.startswith(("275m", "8.13b")) for line in lines) == 4
+    assert len(lines) == 1 + 13 + 7 + 3
+    with pytest.raises(SystemExit, match="width"):
+        sizes.main(["--width", "32"])
