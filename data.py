@@ -14,6 +14,7 @@ import random
 import re
 import signal
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -589,20 +590,25 @@ class Loader:
         kind = kinds[place]
         return KINDS[kind], block * self.percent[kind] + int((kinds[:place] == kind).sum())
 
-    def row(self, g):
-        """Training row g."""
+    def __getitem__(self, g):
+        """Training row g. (torch's DataLoader asks for it by this name.)"""
         return self.source.row(*self.kind_of(g))
 
     def train_batches(self, first_step, last_step, rows_per_step, micro_rows, rank=0, ranks=1,
                       pin=False):
         """Iterator over the micro-batches of steps first_step .. last_step - 1 for this rank."""
-        micro = Batches(self, first_step, last_step, rows_per_step, micro_rows, rank, ranks)
-        if not self.cfg.workers:
-            return iter(torch.utils.data.DataLoader(micro, batch_size=None, pin_memory=pin))
+        def row_numbers():
+            for step in range(first_step, last_step):
+                first, end = step * rows_per_step + rank * micro_rows, (step + 1) * rows_per_step
+                for n in range(first, end, ranks * micro_rows):
+                    yield range(n, n + micro_rows)
+
         # spawn, not fork, because the threads of torch and tiktoken do not survive a fork
+        workers = dict(num_workers=self.cfg.workers, prefetch_factor=4, worker_init_fn=ignore_signals,
+                       multiprocessing_context="spawn") if self.cfg.workers else {}
         return iter(torch.utils.data.DataLoader(
-            micro, batch_size=None, pin_memory=pin, num_workers=self.cfg.workers,
-            prefetch_factor=4, multiprocessing_context="spawn", worker_init_fn=ignore_signals))
+            self, batch_sampler=row_numbers(), pin_memory=pin, **workers,
+            collate_fn=partial(collate, patch_size=self.patch_size)))
 
     def val_batches(self, kind, micro_rows, rank=0, ranks=1):
         """This rank's share of the fixed validation rows of one kind."""
@@ -610,33 +616,6 @@ class Loader:
         for a in range(0, len(mine), micro_rows):
             rows = [self.source.val_row(kind, n) for n in mine[a:a + micro_rows]]
             yield collate(rows, self.patch_size)
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Micro-batches by number: torch's DataLoader prepares them in order, in workers too."""
-
-    loader: Loader
-    first_step: int
-    last_step: int
-    rows_per_step: int
-    micro_rows: int
-    rank: int
-    ranks: int
-
-    def __len__(self):
-        return (self.last_step - self.first_step) * self.accumulation
-
-    @property
-    def accumulation(self):
-        return self.rows_per_step // (self.micro_rows * self.ranks)
-
-    def __getitem__(self, i):
-        step, micro = divmod(i, self.accumulation)
-        first = ((self.first_step + step) * self.rows_per_step
-                 + (micro * self.ranks + self.rank) * self.micro_rows)
-        rows = [self.loader.row(first + j) for j in range(self.micro_rows)]
-        return collate(rows, self.loader.patch_size)
 
 
 def ignore_signals(worker):

@@ -4,18 +4,20 @@
     python train.py $(python -m tools.sizes --match params --width 96) --tokens 1M
     python train.py $(python -m tools.sizes --equal-text --image-size 48 --tokens 1M)
 
---match prints the flags of the early-fusion model that equals late fusion of the given width or
-preset (section 5.9). --equal-text prints the context and the tokens at which images of a given size
-come with as much text as at the default size (section 5.8). Both take the flags of train.py too.
+--match prints the flags of the early-fusion model that equals late fusion of the given width (or
+several widths with commas between) or preset (section 5.9). --equal-text prints the context and the
+tokens at which images of a given size come with as much text as at the default size (section 5.8).
+Both take the flags of train.py too.
 """
 import bisect
 from dataclasses import replace
 
 import torch
 
-from data import DataConfig, Loader, check
+from data import Loader, check
 from model import PRESETS, Model, ModelConfig
-from train import Parser, TrainConfig, add_flags, make_runs
+from tools.sweep import parse_grid
+from train import LAPTOP, Parser
 
 IMAGE_SHARE = 0.544  # of the tokens of the paper's 45-45-10 mixture (D_v / D, App. C.2)
 
@@ -66,7 +68,7 @@ def print_sizes():
 def positions(data, model):
     """(text, image) positions of a row, the mean of the first 100 rows of training."""
     loader = Loader(data, 0, model.context, model.image_size, model.patch_size)
-    rows = [loader.row(g) for g in range(100)]
+    rows = [loader[g] for g in range(100)]
     images = sum(int((row.patch >= 0).sum()) for row in rows) / 100
     return sum(row.used for row in rows) / 100 - images, images
 
@@ -90,36 +92,36 @@ def matched_width(run, rule):
     return min(near, key=lambda width: abs(count("early", width)["N"] - goal))
 
 
-def equal_text(given):
+def equal_text(run):
     """The flags at which a row holds as much text as it does with images of the default size:
     images take more room, so the row grows, and with it the tokens of a step and of the run."""
-    run, = make_runs(given)
-    base, = make_runs({k: v for k, v in given.items() if k not in ("image_size", "patch_size")})
-    goal, _ = positions(base.data, base.model)
-    context = base.model.context + run.model.n_patches
+    sizes = PRESETS.get(run.train.preset, LAPTOP)
+    base = replace(run.model, image_size=sizes["image_size"], patch_size=sizes["patch_size"])
+    goal, _ = positions(run.data, base)
+    context = base.context + run.model.n_patches
     for _ in range(4):  # text grows about as the row does: each round is nearer
         text, _ = positions(run.data, replace(run.model, context=context))
         context = round(context * goal / text)
-    step = base.train.tokens_per_step // base.model.context * context
+    step = run.train.tokens_per_step // base.context * context
     return (f"--image-size {run.model.image_size} --patch-size {run.model.patch_size} --context "
-            f"{context} --tokens-per-step {step} --tokens {base.steps * step}")
+            f"{context} --tokens-per-step {step} --tokens {run.steps * step}")
 
 
 def main(argv=None):
     parser = Parser(prog="sizes", description=__doc__)
     parser.add_argument("--match", choices=("params", "text", "flops"))
     parser.add_argument("--equal-text", action="store_true")
-    for config in (TrainConfig, ModelConfig, DataConfig):
-        add_flags(parser, config)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    rule, same_text = given.pop("match", None), given.pop("equal_text")
-    if rule:
-        run, = make_runs({**given, "fusion": "late"})
-        print(f"--fusion early --width {matched_width(run, rule)}")
-    elif same_text:
-        print(equal_text(given))
+    args, flags = parser.parse_known_args(argv)
+    if args.match:
+        jobs = parse_grid([*flags, "--fusion", "late"])
+        widths = sorted(matched_width(runs[0], args.match) for _, runs in jobs)
+        print("--fusion early --width", ",".join(map(str, widths)))
+    elif args.equal_text:
+        (_, (run, *_)), *more = parse_grid([*flags, "--seed", "0"])
+        check(not more, "sizes: --equal-text takes one image size at a time")
+        print(equal_text(run))
     else:
-        check(not given, f"sizes: {', '.join(given)} needs --match or --equal-text")
+        check(not flags, f"sizes: {' '.join(flags)} needs --match or --equal-text")
         print_sizes()
 
 
