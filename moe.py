@@ -1,13 +1,12 @@
-"""Mixture of experts in place of the feed-forward layer: dropless, learned or by modality.
+"""Mixture of experts in place of the feed-forward layer: dropless, by router or by modality.
 
-Dimensions: B rows, T positions, N = B*T tokens, W width, F ffn hidden, E experts, K experts a token
-(top_k), S = N*K slots (one token at one expert).
+Dimensions: B rows, T positions, N = B*T tokens, W width, F ffn hidden, E experts,
+            K experts a token (top_k), S = N*K slots (a slot is one token at one expert).
 
-The paper's MoE (section 4) is MegaBlocks' dropless one: token-choice top-k, no capacity, no token
-dropped, every feed-forward layer replaced, the load-balancing loss weighted 0.01 (by train.py).
+The paper's MoE (section 4) is the dropless one of MegaBlocks: each token chooses its K most
+probable experts, experts have no capacity, so no token is dropped, and every feed-forward layer is
+replaced. train.py adds the load-balancing loss with the paper's weight of 0.01.
 """
-import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -16,23 +15,26 @@ from torch import nn
 
 
 class Stats(NamedTuple):
-    """What one layer reports of one forward pass. Padding is in neither field."""
+    """What one layer reports of one forward pass. Padding counts in neither field."""
     balance: torch.Tensor   # () float32, load_balancing_loss, 1.0 at perfect balance
     counts: torch.Tensor    # (2,E) float32, number of (text, image) tokens sent to each expert
 
 
 class MoE(nn.Module):
-    """A drop-in for the SwiGLU layer: forward(x (B,T,W), kind (B,T)) -> y (B,T,W), Stats.
+    """Takes the place of SwiGLU: forward(x (B,T,W), modality (B,T)) -> y (B,T,W), Stats.
 
-    routing="learned": a bias-free fp32 router, softmax over E, the K most probable experts, each
-    output scaled by its raw probability (not renormalised over the K). It never sees `kind`.
-    routing="modality": no router; expert 0 takes text and expert 1 image tokens, unscaled.
+    routing="learned": a router without bias, in fp32, gives each token a softmax over the experts.
+    The K most probable ones run, and each output is scaled by its probability, which is not
+    renormalised over the K. The router never sees `modality`.
+    routing="modality": there is no router. Expert 0 takes the text tokens and expert 1 the image
+    tokens, and their outputs are not scaled.
 
-    kind: 0 text, 1 image, -1 padding. Padding is computed like text (shapes stay static) but is
-    left out of the balance loss and of the counts, which would otherwise describe the packer.
+    modality: 0 text, 1 image, -1 padding. Padding runs as if it were text, because then no shape
+    depends on the data. It is left out of the balance loss and of the counts, or they would
+    measure packing, not routing.
 
-    Expert weights are stacked in one 3-D tensor: an expert without tokens gets a zero gradient, not
-    None, so that DDP never waits for it. They are initialised as the dense layer's are.
+    One 3-D tensor holds a weight of all experts, so that an expert without tokens has a gradient
+    of zero instead of none, and DDP never waits for it. Each expert starts like a dense layer.
     """
 
     def __init__(self, width: int, hidden: int, layer: int, experts: int = 8, top_k: int = 1,
@@ -40,40 +42,43 @@ class MoE(nn.Module):
         super().__init__()
         self.learned = routing == "learned"
         self.experts, self.top_k = (experts, top_k) if self.learned else (2, 1)
-        self.gate = nn.Parameter(torch.empty(self.experts, hidden, width))
-        self.up = nn.Parameter(torch.empty(self.experts, hidden, width))
-        self.down = nn.Parameter(torch.empty(self.experts, width, hidden))
-        weights = [(self.gate, width ** -0.5), (self.up, width ** -0.5),
-                   (self.down, (hidden * 2 * (layer + 1)) ** -0.5)]  # as init_weight in model.py
-        if self.learned:
-            self.router = nn.Parameter(torch.empty(self.experts, width))
-            weights.append((self.router, width ** -0.5))
-        for weight, std in weights:
-            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-        # torch.compile asks and does not trace the probe; here, as the mark imports the compiler,
-        # a second that a dense model need not wait
-        torch.compiler.assume_constant_result(use_grouped_mm)
 
-    def forward(self, x, kind):
-        flat, kind = x.flatten(0, 1), kind.flatten()                             # (N,W), (N,)
+        def weight(fan_in, *shape):  # drawn as init_weight in model.py draws the dense layer
+            std = fan_in ** -0.5
+            return nn.Parameter(
+                nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std))
+
+        self.w_gate = weight(width, self.experts, hidden, width)                 # (E,F,W)
+        self.w_up = weight(width, self.experts, hidden, width)                   # (E,F,W)
+        into_residual = hidden * 2 * (layer + 1)
+        self.w_down = weight(into_residual, self.experts, width, hidden)         # (E,W,F)
+        if self.learned:
+            self.router = weight(width, self.experts, width)                     # (E,W)
+
+    def forward(self, x, modality):
+        flat, modality = x.flatten(0, 1), modality.flatten()                     # (N,W), (N,)
         if self.learned:
             gates, chosen, probs = route(flat, self.router, self.top_k)          # (N,K) (N,K) (N,E)
         else:
-            chosen, gates, probs = (kind == 1).long()[:, None], None, None       # (N,1)
-        # a one-hot map and not bincount: that one waits for the GPU
-        hot = (chosen[:, :, None] == torch.arange(self.experts, device=x.device)).sum(1)  # (N,E)
-        y = self.run(flat, chosen, hot.sum(0), gates).unflatten(0, x.shape[:2])  # (B,T,W)
-        return y, summary(hot, probs, kind)
+            gates, chosen, probs = None, (modality == 1).long()[:, None], None   # (N,1)
+        # a one-hot map, because bincount would synchronise with the GPU
+        expert = torch.arange(self.experts, device=x.device)                     # (E,)
+        hot = (chosen[:, :, None] == expert).sum(1)                              # (N,E)
+        y = self.dispatch(flat, chosen, hot.sum(0), gates)                       # (N,W)
+        return y.unflatten(0, x.shape[:2]), summary(hot, probs, modality)        # (B,T,W)
 
-    def run(self, x, chosen, load, gates):
-        """x (N,W), chosen (N,K) expert ids, load (E,) slots of each expert, gates (N,K) or None
-        -> (N,W). Sorts the slots by expert, so that each expert works on one contiguous slice."""
+    def dispatch(self, x, chosen, load, gates):
+        """Runs the experts on tokens sorted by expert, so that each works on one contiguous slice.
+
+        x (N,W), chosen (N,K) int64 expert ids, load (E,) int64 slots of each expert, gates (N,K)
+        or None -> (N,W)."""
         order = chosen.flatten().argsort(stable=True)                            # (S,) slot ids
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=x.device)                 # the inverse
-        weights = self.gate, self.up, self.down
-        if torch.is_autocast_enabled(x.device.type):  # autocast knows linear but not grouped_mm
-            dtype = torch.get_autocast_dtype(x.device.type)
+        weights = self.w_gate, self.w_up, self.w_down
+        device = x.device.type
+        if torch.is_autocast_enabled(device):  # autocast knows linear but not grouped_mm
+            dtype = torch.get_autocast_dtype(device)
             x, *weights = (tensor.to(dtype) for tensor in (x, *weights))
         slots = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1)              # (S,W)
         slots = Reorder.apply(slots, order, place)                               # by expert
@@ -85,8 +90,8 @@ class MoE(nn.Module):
 
 
 class Reorder(torch.autograd.Function):
-    """x (S,W), index a permutation of its rows and its inverse -> x[index]. Autograd would add the
-    gradients row by row into zeros; of a permutation they need only be gathered."""
+    """x (S,W), index (S,) a permutation of its rows and its inverse (S,) -> x[index]. Autograd
+    would add the gradients row by row into zeros; for a permutation it is enough to gather them."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):
@@ -100,8 +105,10 @@ class Reorder(torch.autograd.Function):
 
 
 def route(x, router, top_k: int):
-    """x (N,W), router (E,W) -> gates (N,K), chosen (N,K) int64, probs (N,E), all fp32.
-    In fp32 under autocast too: in bf16 near-equal experts tie and the choice becomes noise."""
+    """x (N,W), router (E,W) -> gates (N,K) fp32, chosen (N,K) int64, probs (N,E) fp32.
+
+    It runs in fp32 under autocast too. In bf16 nearly equal experts would tie, and the choice
+    between them would be noise."""
     with torch.autocast(x.device.type, enabled=False):
         probs = F.linear(x.float(), router.float()).softmax(-1)                  # (N,E)
     if top_k == 1:  # max is several times faster than topk on a CPU
@@ -111,116 +118,64 @@ def route(x, router, top_k: int):
     return gates, chosen, probs
 
 
-def summary(hot, probs, kind) -> Stats:
-    """hot (N,E) slots of a token at an expert, probs (N,E) or None (fixed routing), kind (N,)."""
-    with torch.autocast(hot.device.type, enabled=False):  # counts above 256 are not bf16 numbers
-        modality = torch.stack([kind == 0, kind == 1]).float()                   # (2,N)
-        counts = modality @ hot.float()                                          # (2,E)
-        balance = counts.new_zeros(())
-        if probs is not None:
-            mean_prob = modality.sum(0) @ probs / modality.sum().clamp(min=1)    # (E,)
-            balance = load_balancing_loss(counts.sum(0), mean_prob)
-    return Stats(balance, counts)
+def summary(hot, probs, modality) -> Stats:
+    """hot (N,E) slots of a token at an expert, probs (N,E) or None without a router, modality (N,)
+    -> the layer's Stats."""
+    with torch.autocast(hot.device.type, enabled=False):  # bf16 cannot count above 256
+        is_kind = torch.stack([modality == 0, modality == 1]).float()            # (2,N)
+        counts = is_kind @ hot.float()                                           # (2,E)
+        if probs is None:
+            return Stats(counts.new_zeros(()), counts)
+        mean_prob = is_kind.sum(0) @ probs / is_kind.sum().clamp(min=1)          # (E,)
+        return Stats(load_balancing_loss(counts.sum(0), mean_prob), counts)
 
 
 def load_balancing_loss(load, mean_prob) -> torch.Tensor:
     """E * sum_e f_e P_e, with f_e = load_e / (tokens * K) the share of slots that expert e got and
     P_e its mean probability (load, mean_prob (E,)). sum f = sum P = 1 whatever K is (the
     MegaBlocks convention; others do not divide by K and get K), so the value is exactly 1.0 at
-    perfect balance and E when one expert takes all with certainty. Only P carries a gradient. It is
-    of this micro-batch and rank: the mean of several such values is not that of the global batch.
+    perfect balance and E when one expert takes all with certainty. Only P carries a gradient. The
+    value is that of one micro-batch on one rank; their mean is not that of the global batch.
     """
     share = load / load.sum().clamp(min=1)                                       # f (E,)
     return len(load) * (share * mean_prob).sum()
 
 
-# --------------------------------------------------------------------------- running experts
+def run_experts(x, w_gate, w_up, w_down, load):
+    """Each expert's SwiGLU on its own slice of x.
+
+    x (S,W) sorted by expert, w_gate and w_up (E,F,W), w_down (E,W,F), load (E,) int64 lengths of
+    the slices, whose sum is S -> (S,W)."""
+    way = grouped_experts if grouped_mm_is_fast(x, w_down) else looped_experts
+    return way(x, w_gate, w_up, w_down, load)
 
 
-def run_experts(x, gate, up, down, load):
-    """Each expert's SwiGLU on its slice. x (S,W) sorted by expert, gate and up (E,F,W), down
-    (E,W,F), load (E,) slice lengths, sum S -> (S,W)."""
-    aligned = all(n * x.element_size() % 16 == 0 for n in down.shape[1:])  # its stride rule
-    way = grouped_experts if aligned and use_grouped_mm(x.device, x.dtype) else looped_experts
-    return way(x, gate, up, down, load)
+def grouped_mm_is_fast(x, w_down) -> bool:
+    """Whether torch has a kernel of its own for grouped_mm here: bf16 on Hopper, torch 2.10 or
+    newer, rows of a multiple of 16 bytes. Elsewhere grouped_mm loops inside torch and is no faster
+    than our loop, and on Blackwell an expert without tokens makes its gradients wrong (pytorch
+    issue 172439). torch.compile knows all of this while it traces, so a compiled layer stays one
+    graph. `python -m tools.check` compares both ways on your GPU."""
+    if not (x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")):
+        return False
+    aligned = all(size % 8 == 0 for size in w_down.shape[1:])  # 8 numbers of 2 bytes
+    return aligned and torch.cuda.get_device_properties(x.device).major == 9
 
 
-def grouped_experts(x, gate, up, down, load):
-    """One kernel for all experts; the slice ends stay on the device."""
+def grouped_experts(x, w_gate, w_up, w_down, load):
+    """One kernel runs all experts; the ends of the slices stay on the device."""
     ends = load.cumsum(0).to(torch.int32)                                        # (E,)
-    gate, up, down = (weight.transpose(1, 2) for weight in (gate, up, down))
-    hidden = F.silu(F.grouped_mm(x, gate, offs=ends)) * F.grouped_mm(x, up, offs=ends)  # (S,F)
-    return F.grouped_mm(hidden, down, offs=ends)                                 # (S,W)
+    w_gate, w_up, w_down = (w.transpose(1, 2) for w in (w_gate, w_up, w_down))
+    gate = F.silu(F.grouped_mm(x, w_gate, offs=ends))                            # (S,F)
+    hidden = gate * F.grouped_mm(x, w_up, offs=ends)                             # (S,F)
+    return F.grouped_mm(hidden, w_down, offs=ends)                               # (S,W)
 
 
-def looped_experts(x, gate, up, down, load):
+def looped_experts(x, w_gate, w_up, w_down, load):
     """The same, one expert after another. On a GPU tolist() waits for the device."""
-    slices = zip(x.split(load.tolist()), gate.unbind(), up.unbind(), down.unbind())
-    return torch.cat([F.linear(F.silu(F.linear(part, g)) * F.linear(part, u), d)
-                      for part, g, u, d in slices])
-
-
-def use_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
-    return probe_grouped_mm(device, dtype)
-
-
-@functools.cache
-def probe_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether grouped_mm exists, is fast and is right here. Decided once per device and dtype, by
-    running it, and printed: the same file runs on laptops, A100s and H100s."""
-    why = None
-    if not hasattr(F, "grouped_mm"):
-        why = "needs torch 2.10"
-    elif device.type != "cuda":  # CPU: a whole step takes 0.98 to 1.06 times the loop's time
-        why = f"not faster on {device.type}"
-    elif torch.cuda.get_device_capability(device)[0] not in (9, 10) or dtype != torch.bfloat16:
-        why = "fast only in bf16 on Hopper and data-centre Blackwell"  # else torch loops too
-    else:
-        why = grouped_mm_error(device, dtype)
-    print(f"moe: experts run by {f'a loop (grouped_mm: {why})' if why else 'grouped_mm'}"
-          f" on {device.type} {str(dtype).removeprefix('torch.')}", flush=True)
-    return why is None
-
-
-def grouped_mm_error(device, dtype) -> str | None:
-    """Compares both ways, values and gradients, on a tiny problem with an idle expert."""
-    results = []
-    for run in (looped_experts, grouped_experts):
-        load = torch.tensor([5, 0, 11], device=device)
-        shapes = [(16, 16)] + 3 * [(3, 16, 16)]  # x, gate, up, down
-        leaves = [torch.linspace(-1, 1, math.prod(shape), device=device).view(shape).to(dtype)
-                  .requires_grad_() for shape in shapes]
-        try:
-            with torch.enable_grad():
-                y = run(*leaves, load)
-                results.append([y, *torch.autograd.grad((y * y).sum(), leaves)])
-        except (RuntimeError, NotImplementedError) as error:
-            return str(error).splitlines()[0][:80]
-    same = all(torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2)
-               for a, b in zip(*results))
-    return None if same else "differs from the loop"
-
-
-# ---------------------------------------------------------------------------- specialisation
-
-
-def specialization(counts) -> dict:
-    """How far the experts have divided the modalities among them (paper 4.4, E.2).
-
-    counts (L,2,E): text and image tokens per expert and layer, summed over the batches to be
-    judged (Output.expert_counts). Returns lists of L floats in 0..1: "score" = mean over experts of
-    1 - H2(p_e), p_e the image share of expert e's tokens and H2 the binary entropy in bits; "floor"
-    = 1 - H2(p) of all tokens, which experts without any preference would score, as p_e is not
-    corrected for the mixture. Experts without tokens have no p_e and are left out of the mean
-    (ours; the paper does not say)."""
-    counts = torch.as_tensor(counts, dtype=torch.float64)
-    used = counts.sum(1) > 0                                                     # (L,E)
-    score = (one_minus_entropy(counts) * used).sum(-1) / used.sum(-1).clamp(min=1)  # (L,)
-    floor = one_minus_entropy(counts.sum(2, keepdim=True)).squeeze(-1)           # (L,)
-    return {"score": score.tolist(), "floor": floor.tolist()}
-
-
-def one_minus_entropy(counts) -> torch.Tensor:
-    """(L,2,E) -> (L,E): 1 - binary entropy (bits) of each expert's text/image split."""
-    p = counts / counts.sum(1, keepdim=True).clamp(min=1)                        # (L,2,E)
-    return 1 + (torch.xlogy(p, p) / math.log(2)).sum(1)                          # (L,E)
+    outputs = []
+    slices = x.split(load.tolist())
+    for part, gate, up, down in zip(slices, w_gate.unbind(), w_up.unbind(), w_down.unbind()):
+        hidden = F.silu(F.linear(part, gate)) * F.linear(part, up)               # (load_e,F)
+        outputs.append(F.linear(hidden, down))                                   # (load_e,W)
+    return torch.cat(outputs)                                                    # (S,W)

@@ -1,7 +1,10 @@
 """Random batches in the loader's format (data.py), made without data.py: hermetic and tiny."""
+import dataclasses
+
+import pytest
 import torch
 
-from model import ModelConfig
+from model import Model, ModelConfig
 
 TINY = dict(width=32, depth=2, context=24, image_size=8, patch_size=4, vocab_size=37)  # P = 4
 
@@ -9,6 +12,42 @@ TINY = dict(width=32, depth=2, context=24, image_size=8, patch_size=4, vocab_siz
 def tiny(**changes) -> ModelConfig:
     """A ModelConfig that runs in milliseconds."""
     return ModelConfig(**{**TINY, **changes})
+
+
+def build(seed=0, **changes) -> Model:
+    """A tiny model with random weights."""
+    torch.manual_seed(seed)
+    return Model(tiny(**changes))
+
+
+def hidden(model, batch):
+    """The decoder's last hidden states, without gradients."""
+    with torch.no_grad():
+        return model.decode(batch)[0]
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    """The names under which both hold equal tensors."""
+    return {name for name in a if torch.equal(a[name], b[name])}
+
+
+def save_run(folder, model, tokenizer="bytes"):
+    """A directory with ckpt.pt, as train.py leaves it: what reads a run needs no more."""
+    folder.mkdir(exist_ok=True)
+    config = {"model": dataclasses.asdict(model.cfg), "data": {"tokenizer": tokenizer}}
+    torch.save({"model": model.state_dict(), "config": config}, folder / "ckpt.pt")
+
+
+def one_line(kind, function, *args, **options) -> str:
+    """The message of the error of this kind that a call must end in: one line."""
+    with pytest.raises(kind) as error:
+        function(*args, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def make_batch(cfg: ModelConfig, rows: list, seed: int = 0, length: int = 0) -> dict:

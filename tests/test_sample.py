@@ -1,0 +1,168 @@
+"""OMP_NUM_THREADS=1 python -m pytest tests/test_sample.py   (about 5 seconds)
+
+The tools beside the model: sample, convert, check and experts."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from helpers import build, hidden, make_batch, one_line, same, save_run
+from model import Attention, adopt, attention_mask, read_weights, rope_table
+from tools import check, convert, experts, sample
+
+
+def test_sample_prints_a_caption(tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.arange(20 * 14 * 3, dtype=np.uint8).reshape(14, 20, 3)
+    image.fromarray(pixels).save(tmp_path / "cat.png")
+    save_run(tmp_path / "run", build(vocab_size=264))
+    args = [str(tmp_path / "run"), "--prompt", "a cat", "--max-new-tokens", "3"]
+    for more in ([], ["--image", str(tmp_path / "cat.png")]):
+        sample.main(args + more)
+        assert capsys.readouterr().out.startswith("a cat")
+
+
+def test_mistakes_of_sample_end_in_one_line(tmp_path):
+    run, broken, other = (tmp_path / name for name in ("run", "broken", "other"))
+    for folder in (run, broken, other):
+        save_run(folder, build(vocab_size=264))
+    (broken / "ckpt.pt").write_bytes(b"not a checkpoint")
+    ckpt = torch.load(other / "ckpt.pt", weights_only=True)
+    ckpt["config"]["model"]["width"] = 64
+    torch.save(ckpt, other / "ckpt.pt")
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    for args, named in (([tmp_path / "nowhere"], broken), ([broken], broken), ([other], other),
+                        ([run, "--image", tmp_path / "none.png"], "none.png"),
+                        ([run, "--image", tmp_path / "no.png"], "no.png"),
+                        ([run, "--prompt", "x" * 30], "fewer images or less text"),
+                        ([run, "--promt", "x"], "--prompt")):
+        assert str(named) in one_line(SystemExit, sample.main, [str(arg) for arg in args])
+
+
+def open_lm_state(width=32, depth=2, heads=4, hidden=96, vocab=37):
+    def gain():
+        return 1 + 0.3 * torch.randn(width)
+
+    def matrix(rows, columns):
+        return torch.randn(rows, columns) / columns ** 0.5
+
+    torch.manual_seed(5)
+    rates = 1e4 ** -torch.arange(0, 1, 2 * heads / width)
+    state = {"tok_embeddings.weight": matrix(vocab, width), "norm.weight": gain(),
+             "output.weight": matrix(vocab, width)}
+    for layer in range(depth):
+        state |= {f"layers.{layer}.{name}": tensor for name, tensor in {
+            "attention.in_proj.weight": matrix(3 * width, width),
+            "attention.out_proj.weight": matrix(width, width),
+            "attention.pos_embed.inv_freq": rates,
+            "attention.q_norm.weight": gain(), "attention.k_norm.weight": gain(),
+            "feed_forward.w12.weight": matrix(2 * hidden, width),
+            "feed_forward.w3.weight": matrix(width, hidden),
+            "attention_norm.weight": gain(), "ffn_norm.weight": gain()}.items()}
+    return state
+
+
+def open_lm_logits(state, tokens, depth=2):
+    """What open_lm computes: in one matrix each, q k v and gate up; RoPE on halves of a head."""
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T
+
+    def layer_norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"])
+
+    def turn(x):  # (B,T,H,Hd)
+        angle = torch.arange(x.shape[1])[:, None, None] * rates                  # (T,1,Hd/2)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    x = state["tok_embeddings.weight"][tokens]
+    for i in range(depth):
+        at, ff = f"layers.{i}.attention", f"layers.{i}.feed_forward"
+        rates = state[f"{at}.pos_embed.inv_freq"]
+        q, k, v = linear(layer_norm(x, f"{at}_norm"), f"{at}.in_proj").chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (-1, 2 * len(rates))) for part in (
+            layer_norm(q, f"{at}.q_norm"), layer_norm(k, f"{at}.k_norm"), v))
+        q, k, v = (part.transpose(1, 2) for part in (turn(q), turn(k), v))       # (B,H,T,Hd)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + linear(y.transpose(1, 2).flatten(2), f"{at}.out_proj")
+        gate, up = linear(layer_norm(x, f"layers.{i}.ffn_norm"), f"{ff}.w12").chunk(2, -1)
+        x = x + linear(F.silu(gate) * up, f"{ff}.w3")
+    return linear(layer_norm(x, "norm"), "output")
+
+
+@pytest.mark.parametrize("prefix, key", [("", None), ("module.", "state_dict"), ("model.", None),
+                                         ("module.model.", "state_dict")])
+def test_converted_weights_give_the_logits_of_open_lm(prefix, key, tmp_path):
+    state, source, out = open_lm_state(), tmp_path / "dclm.pt", tmp_path / "new" / "ours.pt"
+    named = {prefix + name: tensor for name, tensor in state.items()}
+    torch.save({key: named, "epoch": 3} if key else named, source)
+    convert.main([str(source), "--out", str(out)])
+    assert [path.name for path in out.parent.iterdir()] == ["ours.pt"]
+    config, weights = read_weights(out)
+    assert config == dict(width=32, depth=2, heads=4, vocab_size=37, mlp_multiple=16)
+    model = build(**config)
+    adopt(model, weights, "decoder", "ours.pt")
+    batch = make_batch(model.cfg, [["t" * 24], ["t" * 20]])
+    batch["doc"] = torch.ones_like(batch["doc"])
+    logits = model.head(hidden(model, batch))
+    assert torch.allclose(logits, open_lm_logits(state, batch["tokens"]), atol=1e-5)
+
+
+def test_heads_come_from_the_file_or_the_flag():
+    state, zero_bias = open_lm_state(), {"norm.bias": torch.zeros(32)}
+    no_rates = {name: tensor for name, tensor in state.items() if "inv_freq" not in name}
+    config, weights = convert.convert(state)
+    told, given = convert.convert({**no_rates, **zero_bias}, heads=4)
+    assert told == config and same(weights, given) == set(weights) == set(given)
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda s: {k: v for k, v in s.items() if "inv_freq" not in k}, "--heads"),
+    (lambda s: {"a": s["norm.weight"]}, "tok_embeddings"), (lambda s: [s], "list"),
+    (lambda s: {**s, "norm.bias": torch.ones(32)}, "norm.bias"),
+    (lambda s: {**s, "layers.0.attention.gate.weight": torch.ones(1)}, "attention.gate.weight"),
+    (lambda s: {**s, "step": 3}, "step"), (lambda s: open_lm_state(hidden=100), "100"),
+    (lambda s: None, "dclm.pt")])
+def test_what_our_decoder_has_no_place_for_is_named(change, named, tmp_path):
+    changed, source, out = change(open_lm_state()), tmp_path / "dclm.pt", tmp_path / "ours.pt"
+    if changed:
+        torch.save(changed, source)
+    message = one_line(SystemExit, convert.main, [str(source), "--out", str(out)])
+    assert named in message and str(source) in message and not out.exists()
+
+
+def test_check_runs_and_says_what_a_cpu_cannot_compare(capsys):
+    check.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and "FlexAttention" in lines[1] and "experts" in lines[2]
+
+
+def test_check_sees_a_wrong_mask():
+    torch.manual_seed(0)
+    attention, rope = Attention(64, 32, 0), rope_table(64, 32)
+    doc, image = check.two_documents(2, 64, "cpu")
+    x, one = check.random(2, 64, 64, device="cpu"), torch.ones_like(doc)
+    right = check.outputs(attention, [x], attention_mask(doc, image), rope)
+    everything = (doc[:, :, None] == doc[:, None])[:, None]
+    for wrong in (attention_mask(one, image), attention_mask(doc, -one), everything):
+        far = check.distance(check.outputs(attention, [x], wrong, rope), right)
+        assert far > 10 * check.LIMIT
+    assert check.distance(right, right) == 0
+    assert math.isnan(check.distance([right[0] * math.nan, right[1]], right))
+
+
+def test_specialisation_of_hand_made_counts():
+    def h2(p):
+        return -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+    counts = torch.tensor([
+        [[10, 0, 20], [0, 30, 0]],     # all unimodal: 1; floor at 1/2: 0
+        [[5, 10, 15], [5, 10, 15]],    # all mixed: 0
+        [[1, 6, 0], [3, 6, 0]],        # 3/4 and 1/2 image, one expert never used
+        [[23, 23, 23], [77, 77, 77]],  # no preference, captions' mixture (77 % image)
+    ])
+    found = experts.specialization(counts)
+    assert found["score"] == pytest.approx([1, 0, (1 - h2(0.75)) / 2, 1 - h2(0.77)])
+    assert found["floor"] == pytest.approx([0, 0, 1 - h2(9 / 16), 1 - h2(0.77)])
+    assert found["floor"][3] == pytest.approx(0.22, abs=0.005)

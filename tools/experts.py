@@ -1,0 +1,119 @@
+"""Which experts take images and which take text, layer by layer (paper 4.4, Figs 12 and 13).
+
+    python -m tools.experts runs/moe/RUN --out experts.png
+
+Reads validation rows with a trained run of learned routing. The score of a layer is 1 where each
+expert sees one modality only. Experts without any preference score the floor, which is above 0 as
+soon as the documents hold more of one modality than of the other.
+
+Dimensions: L layers, E experts.
+"""
+import math
+
+import numpy as np
+import torch
+
+from data import DataConfig, Loader
+from model import load_model
+from tools import need
+from train import Parser
+
+
+def specialization(counts):
+    """How far the experts have divided the modalities among them (paper 4.4, E.2).
+
+    counts (L,2,E): text and image tokens per layer and expert, summed over the batches to be judged
+    (Output.expert_counts) -> two lists of L floats in 0..1. "score" is the mean over the experts of
+    1 - H2(p_e), where p_e is the image share of expert e's tokens and H2 the binary entropy in
+    bits. "floor" is 1 - H2(p) of all tokens: what experts without any preference would score,
+    because p_e is not corrected for the mixture. An expert without tokens has no p_e and is left
+    out of the mean; that is ours, the paper does not say."""
+    counts = torch.as_tensor(counts, dtype=torch.float64)
+    used = counts.sum(1) > 0                                                     # (L,E)
+    scores = one_minus_entropy(counts) * used                                    # (L,E)
+    score = scores.sum(-1) / used.sum(-1).clamp(min=1)                           # (L,)
+    floor = one_minus_entropy(counts.sum(2, keepdim=True)).squeeze(-1)           # (L,)
+    return {"score": score.tolist(), "floor": floor.tolist()}
+
+
+def one_minus_entropy(counts):
+    """(L,2,E) -> (L,E): 1 - binary entropy (bits) of each expert's split into text and image."""
+    p = counts / counts.sum(1, keepdim=True).clamp(min=1)                        # (L,2,E)
+    return 1 + (torch.xlogy(p, p) / math.log(2)).sum(1)                          # (L,E)
+
+
+@torch.no_grad()
+def count(model, loader):
+    """-> {kind of document: (L,2,E) float64, text and image tokens at each expert}. Kinds without
+    images are left out."""
+    def counts(batch):
+        batch = {name: tensor.to(model.rope.device) for name, tensor in batch.items()}
+        return model(batch).expert_counts.double().cpu()  # float32 would count only to 2^24
+    return {kind: sum(map(counts, loader.val_batches(kind, 8)))
+            for kind in loader.val_kinds() if kind != "text"}
+
+
+def table(counts):
+    """Yields rows of cells (str): for each layer the score and the floor of each kind. The floor is
+    the same in all layers."""
+    scores = {kind: specialization(tokens) for kind, tokens in counts.items()}
+    yield ["layer", *(f"{kind} {what}" for kind in scores for what in ("score", "floor"))]
+    for layer in range(len(next(iter(counts.values())))):
+        yield [str(layer), *(f"{score[what][layer]:.3f}"
+                             for score in scores.values() for what in ("score", "floor"))]
+
+
+def draw(counts, out):
+    """Left: the scores (Fig. 12). Right: each expert's share of the text and of the image tokens in
+    the first, middle and last layer, of the last kind (Fig. 13, where it is interleaved data)."""
+    need("matplotlib", "matplotlib").use("Agg")
+    from matplotlib import pyplot as plt
+    last = list(counts)[-1]
+    shares = (100 * counts[last] / counts[last].sum(2, keepdim=True)).numpy()  # (L,2,E)
+    layers = sorted({0, len(shares) // 2, len(shares) - 1})
+    figure, (left, *right) = plt.subplots(1, 1 + len(layers), figsize=(4 + 3 * len(layers), 3.6),
+                                          constrained_layout=True)
+    for kind, tokens in counts.items():
+        score = specialization(tokens)
+        line, = left.plot(score["score"], marker="o", markersize=4, label=kind)
+        left.plot(score["floor"], "--", color=line.get_color(), label="no preference")
+    left.set(title="specialisation", xlabel="layer", ylim=(0, 1))
+    left.legend(fontsize=8)
+    for panel, layer in zip(right, layers):
+        text, image = shares[layer]                                              # (E,) each
+        order, at = (-image).argsort(), np.arange(len(image))
+        panel.bar(at - 0.2, image[order], 0.4, label="image tokens")
+        panel.bar(at + 0.2, text[order], 0.4, label="text tokens")
+        panel.set(title=f"layer {layer}, {last}", xlabel="expert", ylim=(0, 100))
+        panel.set_xticks(at, order)
+    right[0].set_ylabel("share of the modality's tokens (%)")
+    right[0].legend(fontsize=8)
+    figure.savefig(out, dpi=130)
+    print(f"wrote {out}")
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m tools.experts", description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="directory of one run of train.py, with ckpt.pt")
+    parser.add_argument("--rows", type=int, default=32, help="validation rows of each kind")
+    parser.add_argument("--out", default="experts.png")
+    args = parser.parse_args(argv)
+    model, data = load_model(args.run)
+    if model.cfg.moe != "learned":
+        raise SystemExit(f"{args.run} has no router (--moe {model.cfg.moe}): train with "
+                         "--moe learned")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = DataConfig(data["data"], data["mixture"], val_rows=args.rows)
+    counts = count(model, Loader(cfg, 0, model.cfg.context, model.cfg.image_size,
+                                 model.cfg.patch_size))
+    if data["mixture"] == "0-0-100" or not counts:
+        raise SystemExit(f"{args.run} was trained on text only: its router never had two "
+                         "modalities to tell apart")
+    for i, cells in enumerate(table(counts)):
+        print("|", " | ".join(cells), "|" + f"\n{'| --- ' * len(cells)}|" * (i == 0))
+    print("score: 1 = each expert sees one modality; floor: what experts without a preference have")
+    draw(counts, args.out)
+
+
+if __name__ == "__main__":
+    main()
