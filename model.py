@@ -302,7 +302,7 @@ class VisionEncoder(nn.Module):
 class Output(NamedTuple):
     loss: torch.Tensor                  # () float32, SUM of the text targets' losses, nats
     count: int                          # number of text targets
-    aux: dict                           # name -> () float32, unweighted; "load_balancing_loss"
+    balance: torch.Tensor               # () float32, load_balancing_loss, mean over layers, or 0
     token_loss: torch.Tensor            # (K,) float32, detached, in the order of target_index
     expert_counts: torch.Tensor | None  # (L,2,E) float32, MoE: (text, image) tokens per expert
 
@@ -372,13 +372,12 @@ class Model(nn.Module):
         at = batch["target_index"]                                               # (K,)
         x = F.embedding(at, x.flatten(0, 1))                                     # (K,W)
         token_loss = head_loss(x, self.head.weight, batch["targets"].flatten()[at])
-        aux, counts = {}, None
-        if self.cfg.moe == "learned":
-            aux["load_balancing_loss"] = torch.stack([s.balance for s in stats]).mean()
+        loss, counts = token_loss.sum(), None
+        balance = torch.zeros_like(loss)
         if self.cfg.moe != "none":
+            balance = torch.stack([s.balance for s in stats]).mean()
             counts = torch.stack([s.counts for s in stats])                      # (L,2,E)
-        loss = token_loss.sum()
-        return Output(loss, at.numel(), aux, token_loss.detach(), counts)
+        return Output(loss, at.numel(), balance, token_loss.detach(), counts)
 
     def num_params(self):
         """N is the count that reproduces the paper's sizes: the matrices of the decoder blocks (of
@@ -513,7 +512,7 @@ def read_checkpoint(source, take):
             return take(ckpt)
     except Exception as error:  # a file of another format can raise nearly anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise SystemExit(f"{path} is not a checkpoint of this model.py ({reason}): train it "
+        raise SystemExit(f"{path} is not a checkpoint of this code ({reason}): delete it and train "
                          "again, or use the code it was trained with") from None
     raise SystemExit(f"{path} is not a checkpoint of train.py. If it holds weights of open_lm or "
                      f"DCLM, convert them: python -m tools.convert {path} --out FILE.pt")

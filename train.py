@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import signal
 import subprocess
@@ -36,7 +35,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DataConfig, Loader, check, patchify, vocab_size
-from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_weights, split_heads)
+from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_checkpoint,
+                   read_weights, split_heads)
 
 LAPTOP = dict(width=64, depth=4, context=256, image_size=32, patch_size=8, tokens_per_step=1024)
 # Fields that say how or where a run is computed, not what: they are no part of its identity.
@@ -111,6 +111,9 @@ class Run:
 
 def parse_runs(argv):
     """The command line -> a Run for each token budget, the smallest first."""
+    lists = [value for flag, value in zip(argv, argv[1:]) if "," in value and flag != "--tokens"]
+    check(not lists, f"train.py: {''.join(lists[:1])} is a list; to train a model for each value, "
+          "use python -m tools.sweep")
     parser = Parser(description=__doc__, prog="train.py")
     for config in (TrainConfig, ModelConfig, DataConfig):
         add_flags(parser, config)
@@ -142,7 +145,7 @@ def make_run(given, values):
     check(model.fusion == "late" or not train.init_vision,
           "--init-vision: only late fusion has an encoder; add --fusion late")
     try:
-        steps = max(1, round(parse_count(train.tokens) / train.tokens_per_step))
+        steps = max(1, round(whole_number(train.tokens) / train.tokens_per_step))
     except ValueError:
         raise SystemExit(f"--tokens {train.tokens}: need a count as 500K, 2M or 1e6") from None
     warmup = 64 if train.preset == "laptop" else paper_warmup(steps, model.moe != "none")
@@ -239,39 +242,16 @@ def add_flags(parser, config):
     not given come out as None."""
     source = inspect.getsource(config)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    kinds = {bool: dict(action=argparse.BooleanOptionalAction), int: dict(type=whole_number),
+             float: dict(type=float), str: dict(type=str)}
     for field in fields(config):
-        if field.name not in comments:  # vocab_size follows from the data
-            continue
-        flag = f"--{field.name.replace('_', '-')}"
-        text = comments[field.name].replace("%", "%%") + f" (default: {field.default})"
-        if field.type in (bool, "bool"):
-            parser.add_argument(flag, nargs="?", const=True, type=one_bool, help=text)
-            parser.add_argument(f"--no-{flag[2:]}", dest=field.name, action="store_false",
-                                default=None, help=argparse.SUPPRESS)
-            continue
-        convert = {int: parse_count, float: float, str: str}[type(field.default)]
-        single = convert if field.name == "tokens" else one_value(convert)
-        parser.add_argument(flag, type=single, metavar=field.name.upper(), help=text)
+        if field.name != "vocab_size":  # it follows from the data
+            text = comments[field.name].replace("%", "%%") + f" (default: {field.default})"
+            parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, default=None,
+                                **kinds[type(field.default)])
 
 
-def one_value(convert):
-    """A converter for argparse that refuses lists."""
-    def value(text):
-        if "," in text:
-            raise argparse.ArgumentTypeError(
-                f"{text} is a list; to train a model for each value, use python -m tools.sweep")
-        return convert(text)
-    value.__name__ = convert.__name__.replace("parse_", "")  # argparse names it in its errors
-    return value
-
-
-def one_bool(text):
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
-
-
-def parse_count(text):
+def whole_number(text):
     """"2M" -> 2000000; K, M, B and plain numbers, 1e6 too. ValueError for anything else."""
     scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(str(text)[-1:].upper(), 1)
     value = float(str(text)[:-1] if scale > 1 else text) * scale
@@ -344,16 +324,6 @@ class Machine:
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type} x{torch.get_num_threads()} threads"
 
-    def peak_mem_mb(self):
-        if self.is_cuda:
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
-        try:
-            import resource
-        except ImportError:  # Windows
-            return 0.0
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes
-
 
 def write_whole(path, write):
     """write(temporary path), then rename: a reader sees the old file or the new one, never half."""
@@ -411,18 +381,16 @@ class Trainer:
 
     def describe(self, rows, accumulation):
         """Says the derived numbers and writes config.json."""
-        run, n = self.run, self.model.num_params()
-        D = run.steps * run.train.tokens_per_step
+        run, cfg, n = self.run, self.run.train, self.model.num_params()
+        D = run.steps * cfg.tokens_per_step
         self.machine.say(
-            f"{run.name}: N {n['N']:,} ({n['N_total']:,} in all, {n['N_vision']:,} vision), "
-            f"D {D:,} = {run.steps} steps of {run.train.tokens_per_step:,} tokens "
-            f"({rows} rows x {accumulation} micro-steps x {self.machine.ranks} ranks), "
-            f"lr {run.train.lr:.2g}, warmup {run.train.warmup}, cooldown from {run.branch}, "
-            f"{self.machine.name}, {'' if compiles(run.train, self.machine) else 'not '}"
-            "compiled" + (f", from step {self.step}" if self.step else ""))
-        asked = parse_count(run.train.tokens)
-        if abs(D - asked) > 0.05 * asked:
-            self.machine.say(f"note: --tokens {run.train.tokens} was rounded to whole steps; "
+            f"{run.name}: N {n['N']:,} ({n['N_total']:,} in all, {n['N_vision']:,} vision), D {D:,} "
+            f"= {run.steps} steps of {rows} rows x {accumulation} micro-steps x "
+            f"{self.machine.ranks} ranks, lr {cfg.lr:.2g}, warmup {cfg.warmup}, cooldown from "
+            f"{run.branch}, {self.machine.name}{', compiled' if compiles(cfg, self.machine) else ''}"
+            + (f", from step {self.step}" if self.step else ""))
+        if abs(D / whole_number(cfg.tokens) - 1) > 0.05:
+            self.machine.say(f"note: --tokens {cfg.tokens} was rounded to whole steps; "
                              "--tokens-per-step makes them smaller")
         if self.machine.rank == 0:
             text = json.dumps(self.config(), indent=1)
@@ -482,13 +450,8 @@ class Trainer:
     def restore(self, folder, name):
         """Takes over the state and the log of folder/name. The log may belong to another budget,
         because the first steps of the trunk are this run's too."""
-        path = folder / name
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
-            raise SystemExit(f"{path} is no checkpoint of this program "
-                             f"({str(error).splitlines()[0][:80]}); delete it to train this run "
-                             "from the start") from None
+        path, parts = folder / name, ("model", "optimizer", "step", "stats", "identity")
+        state = read_checkpoint(path, lambda checkpoint: {k: checkpoint[k] for k in parts})
         ours, theirs = self.run.identity(), state["identity"]
         changed = [k for k in ours if theirs.get(k) != ours[k]]
         check(not changed, f"{path} was trained with another {', '.join(changed)}; choose another "
@@ -669,34 +632,30 @@ def train(trainer, family):
 
 
 def forward_and_backward(trainer, forward, batches, accumulation, stop):
-    """The micro-steps of one step: gradients add up, and go between ranks with the last one only.
-    Returns the sums of micro_step over micro-batches and ranks, the last of them the number of
-    ranks that were asked to stop; None if this process is alone and stops within the step, which is
-    done again after a restart."""
-    machine = trainer.machine
+    """The micro-steps of one step. Gradients of the *sum* of the token losses add up in .grad,
+    because a mean over micro-batches of unequal numbers of targets would weigh their tokens
+    unequally; they go between ranks with the last micro-step only. Returns (6,), over micro-steps
+    and ranks: sums of loss and load_balancing_loss, targets, padding, image positions, ranks that
+    were asked to stop. None if this process is alone and was asked to stop: then the step is done
+    again after a restart."""
+    machine, weight = trainer.machine, trainer.run.train.load_balancing_weight
     totals = torch.zeros(6, device=machine.device)
     for i in range(accumulation):
         if stop.asked and machine.ranks == 1:
             return None
+        batch = to_device(next(batches), machine)
         alone = machine.ranks == 1 or i == accumulation - 1
         with contextlib.nullcontext() if alone else forward.no_sync():
-            totals += micro_step(trainer, forward, to_device(next(batches), machine))
+            with machine.autocast():
+                out = forward(batch)
+            balance = out.balance * out.count
+            (out.loss + weight * balance).backward()
+        padding, image = (batch["doc"] == 0).sum(), (batch["patch_index"] >= 0).sum()
+        zero = torch.zeros_like(out.loss)
+        totals += torch.stack([out.loss.detach(), balance.detach(), zero + out.count,
+                               zero + padding, zero + image, zero])
     totals[5] = stop.asked
     return machine.sum(totals)
-
-
-def micro_step(trainer, forward, batch):
-    """Adds the gradient of the *sum* of a micro-batch's token losses to .grad: a mean over
-    micro-batches of unequal numbers of targets would weigh their tokens unequally. Returns (6,):
-    sums of loss and load_balancing_loss, targets, padding, image positions, 0 (room for a flag)."""
-    with trainer.machine.autocast():
-        out = forward(batch)
-    balance = out.aux.get("load_balancing_loss", torch.zeros_like(out.loss)) * out.count
-    (out.loss + trainer.run.train.load_balancing_weight * balance).backward()
-    padding, image = (batch["doc"] == 0).sum(), (batch["patch_index"] >= 0).sum()
-    zero = torch.zeros_like(out.loss)
-    return torch.stack([out.loss.detach(), balance.detach(), zero + out.count, zero + padding,
-                        zero + image, zero]).detach()
 
 
 def compiles(cfg, machine):
@@ -758,10 +717,21 @@ def result_row(trainer, status, losses):
         "lr": cfg.lr, "vision_lr": cfg.vision_lr, "warmup": cfg.warmup, "seed": cfg.seed,
         "init": cfg.init, "init_vision": cfg.init_vision,
         "tok_per_s": round(stats["timed"] * cfg.tokens_per_step / max(stats["spent"], 1e-9), 1),
-        "wall_s": round(stats["spent"], 2), "peak_mem_mb": round(machine.peak_mem_mb(), 1),
+        "wall_s": round(stats["spent"], 2), "peak_mem_mb": peak_memory(machine),
         "device": machine.name, "world_size": machine.ranks, "torch": torch.__version__,
         "git": git_commit(), "status": status,
     }
+
+
+def peak_memory(machine):
+    """In MB, of tensors on a GPU or of the process on a CPU; 0 where nobody counts it."""
+    if machine.is_cuda:
+        return round(torch.cuda.max_memory_allocated(machine.device) / 2**20, 1)
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+    return 0.0
 
 
 def git_commit():

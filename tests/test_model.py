@@ -27,7 +27,7 @@ def changed(model, before, batch):
 def gradients(model, batch):
     model.zero_grad(set_to_none=True)
     out = model(batch)
-    (out.loss + sum(out.aux.values())).backward()
+    (out.loss + out.balance).backward()
     return out, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -143,8 +143,7 @@ def test_loss_does_not_depend_on_padding(kind):
     long["tokens"][long["doc"] == 0] = 5  # whatever lies there
     a, b = model(short), model(long)
     assert a.count == b.count and torch.allclose(a.token_loss, b.token_loss, atol=1e-5)
-    for name in a.aux:
-        assert torch.allclose(a.aux[name], b.aux[name], atol=1e-6), name
+    assert torch.allclose(a.balance, b.balance, atol=1e-6)
     if a.expert_counts is not None:
         assert torch.equal(a.expert_counts, b.expert_counts)
 
@@ -180,7 +179,7 @@ def test_checkpointing_changes_nothing(kind):
     batch = make_batch(tiny(), ROWS)
     (a, plain), (b, recomputed) = (gradients(build(checkpointing=flag, **kind), batch)
                                    for flag in (False, True))
-    assert torch.equal(a.loss, b.loss) and a.aux == b.aux
+    assert torch.equal(a.loss, b.loss) and a.balance == b.balance
     for name in plain:
         assert torch.allclose(plain[name], recomputed[name], atol=1e-6), name
 
@@ -192,7 +191,7 @@ def test_overfits_one_batch(kind):
     for _ in range(120):
         out = model(batch)
         optimizer.zero_grad()
-        (out.loss / out.count + 0.01 * sum(out.aux.values())).backward()
+        (out.loss / out.count + 0.01 * out.balance).backward()
         optimizer.step()
     assert model(batch).loss.item() / out.count < 0.1
 
