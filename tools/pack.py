@@ -446,13 +446,10 @@ def main(argv=None):
     add("--split", choices=("train", "val"), default="train")
     add("--val-fraction", type=float, default=0.01, help="share of train that becomes val")
     add("--workers", type=int, default=0, help="processes; 0 = one per core")
-    args = parser.parse_args(argv)
-    check(0 <= args.val_fraction < 1 and args.image_size >= 1,
-          f"--val-fraction {args.val_fraction} --image-size {args.image_size}: need a fraction in "
-          "[0, 1) and at least 1 pixel")
-    sources = {kind: getattr(args, kind) for kind in LAYOUTS}
-    pack(sources, args.out, args.tokenizer, args.image_size, args.split, args.val_fraction,
-         args.workers)
+    args = vars(parser.parse_args(argv))
+    check(0 <= args["val_fraction"] < 1 and args["image_size"] >= 1, "--val-fraction must be in "
+          f"[0, 1) and --image-size at least 1, not {args['val_fraction']}, {args['image_size']}")
+    pack({kind: args.pop(kind) for kind in LAYOUTS}, **args)
 
 
 if __name__ == "__main__":
