@@ -1,0 +1,456 @@
+"""Pack published data into a folder that training reads memory-mapped (`--data FOLDER`).
+
+    python -m tools.pack --captions 'A/*.tar' --interleaved B --text 'C/*.jsonl.zst' --out real
+
+A file holds samples, a sample becomes the parts of a document (texts, questions, answers and
+images), and data.encode makes the document. Every input file becomes one shard of its own (the
+format stands in data.py), and data.json lists the shards. What cannot be used is counted and named
+at the end, and never stops the packer.
+
+Dimensions:  h, w height and width of a stored picture
+"""
+import base64
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import tarfile
+import threading
+import warnings
+import zlib
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from glob import escape, glob
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data import check, encode, get_tokenizer
+from tools import need, usable_cores
+from train import Parser, write_whole
+from world import Question, turn
+
+MAX_PIXELS = 50_000_000  # a larger picture is skipped before it is decoded ("image bomb")
+MAX_BYTES = 200_000_000  # nothing is read past this from a picture or a member of an archive
+MIN_SIDE = 8  # pixels: smaller pictures are tracking pixels and rulers
+
+
+class Skip(str):
+    """Why an image, or a whole document, cannot be used. It stands in its place among the parts."""
+
+
+# ---- From files to samples -----------------------------------------------------------------------
+
+
+def read_samples(path):
+    """Yields (key, record, members): a json's bytes or a dict, and in a tar also {name: bytes}."""
+    if path.suffix == ".tar":
+        return tar_samples(path)
+    records = (x for x in RECORDS[path.suffix](path) if x not in (b"", b"\n", b"\r\n"))
+    return ((str(i), record, {}) for i, record in enumerate(records))
+
+
+def tar_samples(path):
+    """Neighbours that share a key, which is the path up to the name's first dot (WebDataset's
+    rule). Nothing is written to disk, so it does not matter what the members are called."""
+    with open(path, "rb") as file, tarfile.open(None, "r:", file, errors="replace") as tar:
+        files = (x for x in tar if x.isfile() and not os.path.basename(x.name).startswith("."))
+        for key, group in itertools.groupby(files, lambda x: re.sub(r"\.[^/]*$", "", x.name)):
+            members = {os.path.basename(x.name): tar.extractfile(x).read(MAX_BYTES) for x in group}
+            yield key, members.get(os.path.basename(key) + ".json"), members
+            tar.members = []  # otherwise tarfile remembers every member
+        file.seek(tar.offset)
+        end = file.read(1 << 16)
+    if not end or end.strip(b"\0"):  # tarfile stops silently at a cut and at a damaged header
+        raise EOFError(f"the tar is cut or damaged at byte {tar.offset}")
+
+
+def parquet_rows(path):
+    """Only a few rows' images are in memory, because nothing is buffered ahead."""
+    parquet = need("pyarrow.parquet", "pyarrow")
+    file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+    for batch in file.iter_batches(64, columns=["texts", "images"], use_threads=False):
+        yield from batch.to_pylist()
+
+
+def text_pieces(path):
+    """Documents of about 64 kB, because memory must not grow with the file."""
+    with open(path, encoding="utf-8-sig") as file:
+        while lines := file.readlines(1 << 16):
+            yield {"text": "".join(lines)}
+
+
+def zstd_lines(path):
+    """The lines of all frames. OSError where the file is cut."""
+    stream = need("pyarrow", "pyarrow").input_stream(path, compression="zstd", buffer_size=1 << 16)
+    return io.BufferedReader(stream)
+
+
+RECORDS = {".parquet": parquet_rows, ".txt": text_pieces, ".zst": zstd_lines, ".gz": gzip.open,
+           ".jsonl": lambda path: open(path, "rb"),
+           ".json": lambda path: json.loads(path.read_bytes())}  # one list of all records
+
+
+# ---- From samples to parts: texts, Question, Answer, the bytes of an image file, Skip ------------
+
+
+def caption_parts(record, members, folder):
+    """img2dataset: KEY.jpg (or .png, .webp), and KEY.txt or else the "caption" of KEY.json."""
+    images = [members[x] for x in members if x.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
+    texts = [members[x].decode("utf-8-sig") for x in members if x.endswith(".txt")]
+    caption = texts[0] if texts else (record or {}).get("caption") or ""
+    return [images[0] if images else Skip("missing image"), caption.strip()]
+
+
+def interleaved_parts(record, members, folder):
+    """OBELICS: lists "images" and "texts", of which one is None at each place. MMC4 and
+    OpenFlamingo: sentences, each after the images that it is matched with."""
+    if "text_list" in record:
+        images = [(info["matched_text_index"], info) for info in record["image_info"]]
+        texts, separator = record["text_list"], " "
+    else:
+        images, texts, separator = [*enumerate(record["images"])], record["texts"], "\n\n"
+        if len(images) != len(texts):
+            return [Skip("image count does not match")]
+    places = [(i, False, find_image(image, members, folder)) for i, image in images if image]
+    places += [(i, True, text) for i, text in enumerate(texts) if text]
+    places.sort(key=lambda place: place[:2])
+    parts = []
+    for is_text, run in itertools.groupby(places, key=lambda place: place[1]):
+        values = [value for _, _, value in run]
+        parts += [separator.join(values)] if is_text else values
+    return parts
+
+
+def conversation_parts(record, members, folder):
+    """LLaVA: "image", a name or a list of names, and "conversations", turns of {"from": "human",
+    "value": "<image>\\nWhat ...?"} and {"from": "gpt", "value": "..."}."""
+    names = record.get("image") or []
+    names = names if isinstance(names, list) else [names]
+    images = [find_image(name, members, folder) for name in names]
+    turns, parts = record["conversations"], []
+    if sum(said["value"].count("<image>") for said in turns[::2]) > len(images):
+        return [Skip("missing image")]
+    for human, gpt in zip(turns[::2], turns[1::2]):
+        if (human["from"], gpt["from"]) != ("human", "gpt"):
+            return [Skip("turns are not human, gpt, human, gpt, ...")]
+        text = human["value"]
+        parts += [images.pop(0) for _ in range(min(text.count("<image>"), len(images)))]
+        parts += turn(text.replace("<image>", "").strip(), gpt["value"].strip())
+    return [*images, *parts]  # images that no turn names stand before everything
+
+
+def find_image(value, members, folder):
+    """Bytes of the image that a record names: in itself, in its tar or in a file beside it."""
+    if isinstance(value, dict):  # image_info of OpenFlamingo or MMC4, or an image of a parquet file
+        value = (base64.b64decode(value.get("image_base64") or "") or value.get("bytes")
+                 or value.get("path") or value.get("image_name") or "")
+    if isinstance(value, bytes):
+        return value
+    if os.path.basename(value) in members:
+        return members[os.path.basename(value)]
+    if value.startswith(("http://", "https://")):
+        return Skip("image is a URL (download it first)")
+    inside = not os.path.isabs(value) and ".." not in Path(value).parts  # read no other files
+    for path in (folder / value, folder / "images" / value):
+        if inside and os.path.isfile(path):
+            with open(path, "rb") as file:
+                return file.read(MAX_BYTES)
+    return Skip("missing image")
+
+
+# Every kind of document, in the order of --mixture: its flag, the function that makes parts of a
+# record (with the members of its tar and the folder of its file), and the endings of its files.
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+LAYOUTS = {
+    "caption": ("--captions", caption_parts, (".tar",)),
+    "interleaved": ("--interleaved", interleaved_parts, (".tar", ".parquet", *LINES)),
+    "text": ("--text", lambda record, *_: [record["text"]], (".txt", *LINES)),
+    "conversation": ("--conversations", conversation_parts, (".json", *LINES)),
+}
+
+
+def read_source(path, kind):
+    """Yields (key, parts) of one file. One that is cut or damaged ends in a last Skip."""
+    make_parts = LAYOUTS[kind][1]
+    try:
+        for key, record, members in read_samples(path):
+            try:
+                record = json.loads(record) if isinstance(record, bytes) else record
+                parts = make_parts(record, members, path.parent)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError,
+                    OSError) as error:  # OSError: an image beside the file that may not be read
+                parts = [Skip(f"broken record ({type(error).__name__})")]
+            yield key, parts
+    except Exception as error:  # on hostile files the libraries raise nearly every type
+        reason = str(error).partition("\n")[0][:80]
+        yield f"({reason})", [Skip("truncated or damaged file")]
+
+
+# ---- Images --------------------------------------------------------------------------------------
+
+
+def load_image(data, store_size):
+    """The bytes of an image file -> uint8 (h, w, 3), or Skip.
+
+    First frame, upright, alpha over white, 8 bit, centre-cropped to at most 2:1. The short side is
+    reduced to store_size, and never enlarged, so that room for a random crop remains."""
+    Image, ImageOps = need("PIL.Image", "pillow"), need("PIL.ImageOps", "pillow")
+    Image.MAX_IMAGE_PIXELS = None  # we count pixels ourselves, where Pillow would warn or raise
+    safe = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # EPS would start ghostscript
+    try:
+        image = Image.open(io.BytesIO(data), formats=safe)
+        w, h = image.size
+        if w * h > MAX_PIXELS:
+            return Skip("image too large")
+        if min(w, h) < MIN_SIDE:
+            return Skip("image too small")
+        shrink = min(1.0, 2 * store_size / min(w, h))
+        image.draft(None, (int(w * shrink) + 1, int(h * shrink) + 1))  # a JPEG decodes less
+        image = to_rgb(Image, ImageOps.exif_transpose(image))
+    except Exception:  # on hostile bytes the decoders raise nearly every type
+        return Skip("corrupt image")
+    w, h = image.size
+    scale = min(1.0, store_size / min(w, h))
+    size = [round(scale * side) for side in (min(w, 2 * h), min(h, 2 * w))]
+    return np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC))  # (h, w, 3)
+
+
+def to_rgb(Image, image):
+    if image.mode[0] in "IF":  # 16 bit or float, which convert("RGB") would clip
+        grey = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0).clip(0)  # (h, w)
+        ranges = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)
+        white = next((x for x in ranges if grey.max() <= x), grey.max())
+        image = Image.fromarray((grey * (255 / white)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# ---- One input file becomes one shard ------------------------------------------------------------
+
+
+def make_document(parts, kind, encoding, store_size):
+    """-> (Document or None, reasons why something was left out)."""
+    parts = [load_image(x, store_size) if isinstance(x, bytes) else x for x in parts]
+    reasons = [part for part in parts if isinstance(part, Skip)]
+    document = encode([part for part in parts if not isinstance(part, Skip)], encoding)
+    if len(document.tokens) == len(document.images):
+        return None, reasons or ["no text"]
+    if reasons and kind != "interleaved":  # only there the text makes sense without the image
+        return None, reasons
+    return document, reasons
+
+
+def split_of(parts, name, val_share):
+    """A hash decides, so that a document is always in the same split, and all questions about one
+    picture are in one split."""
+    unit = os.fsencode(name)
+    if any(isinstance(part, Question) for part in parts):
+        unit = next((part for part in parts if isinstance(part, bytes)), unit)
+    return "val" if zlib.crc32(unit) / 2**32 < val_share else "train"
+
+
+def pack_file(source, kind, folder, tokenizer, made_from):
+    """Pack one input file into the shard `folder`. Runs in a worker process."""
+    encoding, tmp = get_tokenizer(tokenizer), folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)  # left by a run that was killed
+    tmp.mkdir(parents=True)
+    warnings.filterwarnings("ignore", module="PIL")  # odd EXIF and the like
+    tables, skipped, counts = {}, {}, {}
+    with open(tmp / "data", "wb") as file:
+        for key, parts in read_source(source, kind):
+            document, reasons = make_document(parts, kind, encoding, made_from["store_size"])
+            for reason in reasons:
+                skipped.setdefault(reason, [0, f"{source.name}: {key}"])[0] += 1
+            if document is None:
+                continue
+            tokens, images = document.tokens, document.images
+            split = split_of(parts, f"{source.name}/{key}", made_from["val_share"])
+            tables.setdefault(split, []).append((file.tell(), len(tokens), len(images)))
+            sizes = [side for image in images for side in image.shape[:2]]
+            for array in (tokens, np.array(sizes, np.int32), *images):
+                file.write(array.tobytes())
+    for split, table in tables.items():
+        table = np.array(table, np.int64)                                   # (documents, 3)
+        table.tofile(tmp / f"{split}.docs")
+        n_tokens, n_images = table.sum(0)[1:].tolist()
+        counts[split] = {"docs": len(table), "tokens": n_tokens - n_images, "images": n_images}
+    shard = {"made_from": made_from, "skipped": skipped, "splits": counts}
+    (tmp / "shard.json").write_text(json.dumps(shard), encoding="utf-8")
+    for path in tmp.iterdir():  # otherwise a power cut could leave the name without the content
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)  # made from another version of the file
+    os.replace(tmp, folder)  # in one step, so that a shard is complete or absent
+
+
+# ---- All files, side by side in worker processes -------------------------------------------------
+
+
+def pack(sources, out, tokenizer="bytes", image_size=224, split="train", val_fraction=0.01,
+         workers=0):
+    """Pack {kind: [globs, files or folders]} into `out` and return the content of data.json.
+
+    Safe to interrupt and start again, and to call again with more files (`split="val"`).
+    SystemExit: nothing matches, `out` was packed with other settings or cannot be written, no
+    document survives."""
+    out, encoding = Path(out), get_tokenizer(tokenizer)
+    ranks = repr((encoding._pat_str, encoding._mergeable_ranks)).encode()
+    config = {"tokenizer_hash": zlib.crc32(ranks), "vocab_size": encoding.n_vocab,
+              "eot": encoding.eot_token, "image_size": image_size,
+              "store_size": round(image_size * 8 / 7)}  # 256 for the usual crops of 224
+    val_share = 1.0 if split == "val" else val_fraction
+    jobs = find_jobs(sources, out, str(tokenizer), config, val_share)
+    todo = unfinished(jobs, out, config)
+    try:
+        run_jobs(todo, min(workers or usable_cores(), len(todo)))
+        return write_index(out, config, tokenizer)
+    except (KeyboardInterrupt, BrokenExecutor):
+        raise SystemExit("interrupted, or a worker died (out of memory? try fewer --workers): "
+                         "finished files are kept, the same command goes on") from None
+    except OSError as error:  # a full disk, no permission, or `out` is a file
+        raise SystemExit(f"cannot pack into {out} ({error}): make room, or choose another --out; "
+                         "finished files are kept, the same command goes on") from None
+
+
+def find_jobs(sources, out, tokenizer, config, val_share):
+    """The arguments of pack_file for each input file."""
+    jobs = []
+    for kind, path in [(k, p) for k in LAYOUTS for p in find_sources(k, sources.get(k) or ())]:
+        stat, real = path.stat(), Path(os.path.realpath(path))
+        made_from = {**config, "path": str(real), "size": stat.st_size, "mtime": stat.st_mtime_ns,
+                     "val_share": val_share}
+        digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:12]  # two folders may use one name
+        jobs.append((path, kind, out / kind / f"{real.name}-{digest}", tokenizer, made_from))
+    flags = ", ".join(flag for flag, *_ in LAYOUTS.values())
+    check(jobs, f"nothing to pack: give files to one or more of {flags}")
+    return jobs
+
+
+def find_sources(kind, patterns):
+    """Files of this kind that globs, files and folders (with all below them) name."""
+    found, endings = {}, LAYOUTS[kind][2]
+    for pattern in patterns:
+        name = escape(pattern) if os.path.exists(pattern) else pattern
+        paths = glob(name, recursive=True) + glob(os.path.join(name, "**"), recursive=True)
+        paths = [path for path in paths if path.endswith(endings) and os.path.isfile(path)]
+        check(paths, f"{pattern!r}, seen from {os.getcwd()}, names no {kind} file "
+              f"({' '.join(endings)})")
+        found.update({os.path.realpath(path): Path(path) for path in paths})
+    return [found[real] for real in sorted(found)]
+
+
+def unfinished(jobs, out, config):
+    """The jobs that no finished shard answers. SystemExit: `out` has another config."""
+    done = {folder: shard["made_from"] for folder, shard in read_shards(out)}
+    for path, _, folder, _, made_from in jobs:
+        if done.get(folder, made_from)["val_share"] != made_from["val_share"]:
+            print(f"note: {path} was packed with another --split or --val-fraction; it is packed "
+                  "again, because nothing may be in both train and val")
+    check(all(config.items() <= made_from.items() for made_from in done.values()),
+          f"{out} was packed with another tokenizer than {jobs[0][3]} or another image size than "
+          f"{config['image_size']}: choose another --out")
+    todo = [job for job in jobs if done.get(job[2]) != job[4]]
+    hint = f" (to pack one again, as when images were missing, delete its folder in {out})"
+    print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them packed before"
+          + (hint if len(todo) < len(jobs) else ""))
+    return todo
+
+
+def read_shards(out):
+    """[(folder, content of its shard.json)] of the finished shards."""
+    return [(path.parent, json.loads(path.read_text(encoding="utf-8")))
+            for path in sorted(out.glob("*/*/shard.json")) if path.parent.suffix != ".tmp"]
+
+
+def run_jobs(jobs, workers):
+    if workers <= 1:
+        for job in tqdm(jobs, "pack", unit="file"):
+            pack_file(*job)
+        return
+    context = multiprocessing.get_context("spawn")  # tiktoken's threads do not survive a fork
+    pool = ProcessPoolExecutor(workers, context, start_worker)
+    try:
+        futures = [pool.submit(pack_file, *job) for job in jobs]
+        for done in tqdm(as_completed(futures), "pack", len(jobs), unit="file"):
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
+    parent = multiprocessing.parent_process()  # and the death of the parent must end it, too
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def write_index(out, config, tokenizer):
+    """Write data.json, the list of all shards in `out`, print its totals and return it."""
+    splits, skipped = {}, {}
+    for folder, shard in read_shards(out):
+        for split, counts in shard["splits"].items():
+            kinds = splits.setdefault(split, {})
+            total = kinds.setdefault(folder.parent.name, {**dict.fromkeys(counts, 0), "shards": []})
+            total.update({x: total[x] + n for x, n in counts.items()})
+            total["shards"].append({"name": folder.name, **counts})
+        for reason, (count, example) in shard["skipped"].items():
+            skipped.setdefault(reason, [0, example])[0] += count
+    print_totals(splits, skipped)
+    check(splits, f"no document could be packed into {out}: see the reasons above")
+    meta = {"tokenizer": copy_tokenizer(tokenizer, out), **config, "splits": splits,
+            "skipped": skipped}
+    text = json.dumps(meta, indent=1)
+    write_whole(out / "data.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return meta
+
+
+def copy_tokenizer(tokenizer, out):
+    """The name that data.json gives it. A file is copied, so that the folder can move."""
+    if not str(tokenizer).endswith(".tiktoken"):
+        return str(tokenizer)
+    for source in map(Path(tokenizer).with_suffix, (".tiktoken", ".pat.txt")):
+        if source.is_file():
+            copy = out / source.name.replace(Path(tokenizer).stem, "tokenizer", 1)
+            copy.write_bytes(source.read_bytes())
+    return "tokenizer.tiktoken"
+
+
+def print_totals(splits, skipped):
+    for split, kind in ((split, kind) for split in splits for kind in splits[split]):
+        counts = [f"{n:14,} {x}" for x, n in splits[split][kind].items() if x != "shards"]
+        print(f"{split:5} {kind:11}", *counts)
+    for reason, (count, example) in skipped.items():
+        print(f"skipped {count:,}: {reason} (first: {example})")
+    if splits and "val" not in splits:
+        print("note: nothing is in the split val, which training needs: give other files with "
+              "--split val, or a larger --val-fraction and another --out")
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m tools.pack", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    for kind, (flag, _, endings) in LAYOUTS.items():
+        add(flag, dest=kind, nargs="+", default=[], metavar="GLOB",
+            help=f"files ({' '.join(endings)}), folders or quoted globs")
+    add("--out", required=True, help="folder for the packed data")
+    add("--tokenizer", default="bytes", help="bytes, a tiktoken name or a path to a .tiktoken file")
+    add("--image-size", type=int, default=224, help="pixels, as in training")
+    add("--split", choices=("train", "val"), default="train")
+    add("--val-fraction", type=float, default=0.01, help="share of train that becomes val")
+    add("--workers", type=int, default=0, help="processes; 0 = one per core")
+    args = vars(parser.parse_args(argv))
+    check(0 <= args["val_fraction"] < 1 and args["image_size"] >= 1, "--val-fraction must be in "
+          f"[0, 1) and --image-size at least 1, not {args['val_fraction']}, {args['image_size']}")
+    pack({kind: args.pop(kind) for kind in LAYOUTS}, **args)
+
+
+if __name__ == "__main__":
+    main()
