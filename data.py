@@ -23,9 +23,8 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from world import QUESTIONS, Answer, Question, World
+from world import KINDS, QUESTIONS, Answer, Question, World
 
-KINDS = ("caption", "interleaved", "text", "conversation")  # the order of --mixture; new ones last
 PRETRAINING = KINDS[:3]  # the paper's three: its loss is the mean over them (section 1.1)
 FINETUNING = ("conversation",)  # a mixture that has some of these is validated on these alone
 IMAGE = -1  # stands for one whole image in Document.tokens; a row expands it to P patches
@@ -60,10 +59,10 @@ class DataConfig:
               f"{self.workers}: need at least 1 and 0")
 
     @property
-    def percent(self):
-        """The share of each of KINDS in whole percent."""
-        given = [int(part) for part in self.mixture.split("-")]
-        return given + [0] * (len(KINDS) - len(given))
+    def shares(self):
+        """{kind: whole percent of the rows} of the kinds that the mixture has."""
+        given = map(int, self.mixture.split("-"))
+        return {kind: share for kind, share in zip(KINDS, given) if share}
 
 
 # ---- From parts to a document --------------------------------------------------------------------
@@ -255,19 +254,16 @@ class Procedural:
     validated_as = {"conversation": QUESTIONS}  # a loss for each kind of question
 
     def __init__(self, cfg, seed, context, image_size, n_patches):
-        self.seed, self.context, self.n_patches = seed, context, n_patches
-        self.val_rows, self.val = cfg.val_rows, {}
+        self.seed, self.val_rows, self.val = seed, cfg.val_rows, {}
         self.world, self.encoding = World(image_size), get_tokenizer()
+        self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
 
     def kinds(self, split):
-        return KINDS
+        return [kind for kind in KINDS if hasattr(self.world, kind)]
 
     def document(self, kind, rng, split="train"):
         parts, costs = self.world.document(kind, rng, split)
         return encode(parts, self.encoding, costs)
-
-    def new_row(self):
-        return Row(self.context, self.n_patches, self.encoding.eot_token)
 
     def row(self, kind, n):
         row, rng = self.new_row(), random.Random(f"{self.seed}/{kind}/{n}")
@@ -294,7 +290,7 @@ class Procedural:
                 continue
             row = self.new_row()
             rows += [row] if row.add(document, whole=True) else []
-            check(rows or tries <= 100, f"--context {self.context}: no {kind} document of the "
+            check(rows or tries <= 100, f"--context {row.context}: no {kind} document of the "
                   "procedural world fits; 256 holds them all")
         return rows[:-1]  # the last one is not full
 
@@ -466,8 +462,8 @@ class Shards:
 
     def sizes(self, kind):
         """int64 (n_docs, 2): text tokens and images of every document."""
-        docs = self.docs.get(kind, np.zeros((0, 4), np.int64))
-        return np.stack([docs[:, 2] - docs[:, 3], docs[:, 3]], axis=1)      # (n_docs, 2)
+        length, images = self.docs[kind][:, 2:].T
+        return np.stack([length - images, images], axis=1)                  # (n_docs, 2)
 
     def tokens(self, kind, i):
         """int32 (L,), IMAGE where an image stands."""
@@ -475,10 +471,8 @@ class Shards:
         return self.read(self.files[kind][number], np.int32, start, length)
 
     def image(self, kind, i, j):
-        """Image j of document i as stored, uint8 (h, w, 3). IndexError: there is no such image."""
+        """Image j of document i as stored, uint8 (h, w, 3)."""
         number, start, length, n_images = self.docs[kind][i].tolist()
-        if not 0 <= j < n_images:
-            raise IndexError(f"document {i} has {n_images} images, not {j + 1}")
         path, start = self.files[kind][number], start + 4 * length
         sizes = self.read(path, np.int32, start, 2 * n_images).reshape(-1, 2)    # (images, 2)
         start += sizes.nbytes + 3 * int(sizes[:j].prod(axis=1).sum())
@@ -548,17 +542,16 @@ class Loader:
 
     def __init__(self, cfg, seed, context, image_size, patch_size):
         self.cfg, self.seed, self.patch_size = cfg, seed, patch_size
+        self.shares, self.block = cfg.shares, (None, None)
         source = Procedural if cfg.data == "procedural" else Packed
         n_patches = (image_size // patch_size) ** 2
         self.source = source(cfg, seed, context, image_size, n_patches)
         self.encoding = self.source.encoding
-        self.percent, self.block = cfg.percent, (None, None)
         self.check_mixture()
 
     def check_mixture(self):
         there = self.source.kinds("train")
-        missing = [kind for kind, percent in zip(KINDS, self.percent)
-                   if percent and kind not in there]
+        missing = [kind for kind in self.shares if kind not in there]
         example = "-".join("100" if kind == there[0] else "0" for kind in KINDS)
         check(not missing, f"--mixture {self.cfg.mixture}: {self.cfg.data} has no "
               f"{''.join(missing[:1])} documents, only {', '.join(there)}; give what is missing 0, "
@@ -570,9 +563,8 @@ class Loader:
     def wanted_kinds(self):
         """The kinds to validate on: the paper's three whatever the mixture, with others that it
         has; but of a mixture for finetuning, only the kinds it finetunes on."""
-        mixed = [kind for kind, percent in zip(KINDS, self.percent) if percent]
-        return [kind for kind in mixed if kind in FINETUNING] or \
-            [kind for kind in KINDS if kind in PRETRAINING or kind in mixed]
+        finetuned = [kind for kind in self.shares if kind in FINETUNING]
+        return finetuned or [k for k in KINDS if k in PRETRAINING or k in self.shares]
 
     def val_kinds(self):
         """The names under which losses are reported. `loss` is their mean."""
@@ -585,10 +577,10 @@ class Loader:
         block, place = divmod(g, 100)
         if self.block[0] != block:  # only the last one asked for is kept
             order = np.random.default_rng((self.seed, 1, block)).permutation(100)
-            self.block = block, np.repeat(np.arange(len(KINDS)), self.percent)[order]
-        kinds = self.block[1]
-        kind = kinds[place]
-        return KINDS[kind], block * self.percent[kind] + int((kinds[:place] == kind).sum())
+            self.block = block, np.repeat(range(len(self.shares)), [*self.shares.values()])[order]
+        kinds = self.block[1]                                                       # (100,)
+        kind = list(self.shares)[kinds[place]]
+        return kind, block * self.shares[kind] + int((kinds[:place] == kinds[place]).sum())
 
     def __getitem__(self, g):
         """Training row g. (torch's DataLoader asks for it by this name.)"""

@@ -25,6 +25,7 @@ VERBS = ("eats", "fears", "likes", "makes")
 COUNTS = ("none", "one", "two", "three", "four", "five")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 ACTS = ("left", "came", "turned", "moved")
+KINDS = ("caption", "interleaved", "text", "conversation")  # the order of --mixture; new ones last
 QUESTIONS = ("colour", "count", "relation", "compare")  # the kinds of conversation
 GRID = 4  # a scene is GRID x GRID cells: with S / patch_size = 4, one patch sees a whole thing
 
@@ -309,13 +310,12 @@ def held_out(content):
 
 
 def main():
-    kinds = ("caption", "interleaved", "text", "conversation")
     parser = argparse.ArgumentParser(description="Print documents of the world with their nats.")
-    parser.add_argument("kind", nargs="?", choices=kinds, help="default: one of each")
+    parser.add_argument("kind", nargs="?", choices=KINDS, help="default: one of each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     world, rng = World(), random.Random(args.seed)
-    for kind in [args.kind] if args.kind else kinds:
+    for kind in [args.kind] if args.kind else KINDS:
         parts, costs = world.document(kind, rng)
         print(f"\n{kind}: {sum(costs):.3f} nats")
         for part, cost in zip([*parts, "(the end)"], costs):

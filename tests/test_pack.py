@@ -533,6 +533,3 @@ def test_shards_count_pickle_and_fetch_in_part(plain):
     assert [x is not None for x in part.images] == [0 < j < 3 for j in range(sizes[i, 1])]
     assert all((whole.images[j] == part.images[j]).all() for j in (1, 2))
     assert whole.images[0].shape == (32, 32, 3) and whole.images[0].dtype == np.uint8
-    assert plain.sizes("text").shape == (0, 2)
-    with pytest.raises(IndexError):
-        plain.image("interleaved", i, sizes[i, 1])

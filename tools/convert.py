@@ -92,8 +92,9 @@ def main(argv=None):
         raise SystemExit(f"{args.source} cannot be read as weights of open_lm: {reason}") from None
     checkpoint = {"config": {"model": fields}, "model": weights}
     try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(args.out), lambda path: torch.save(checkpoint, path))
-    except (OSError, RuntimeError) as error:  # torch's of a folder that does not exist
+    except (OSError, RuntimeError) as error:
         raise SystemExit(f"cannot write {args.out}: {str(error).splitlines()[0]}") from None
     print(f"wrote {args.out}: " + ", ".join(f"{name} {value}" for name, value in fields.items()))
 

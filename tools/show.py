@@ -10,7 +10,7 @@ import re
 import textwrap
 import warnings
 
-from data import KINDS, DataConfig, Loader, check, collate, read_meta
+from data import DataConfig, Loader, check, collate, read_meta
 from tools import need
 from train import Parser
 
@@ -114,7 +114,7 @@ def main(argv=None):
           f"patches of --patch-size {patch} are not possible")
     cfg = DataConfig(args.data, args.mixture, val_rows=max(64, args.n))
     loader = Loader(cfg, args.seed, context, size, patch)
-    used = [kind for kind, percent in zip(KINDS, loader.percent) if percent]
+    used = list(loader.shares)
     kinds = [(used[i % len(used)], i // len(used)) for i in range(args.n)]  # in turn
     source = loader.source
     if args.split == "val":  # a small validation set is shown again from its start
