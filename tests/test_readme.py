@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXPERIMENTS = (ROOT / "results" / "experiments.md").read_text(encoding="utf-8")
 SMALL = ("--preset laptop --width 16 --depth 1 --context 128 --image-size 32 --patch-size 8 "
-         "--tokens 2K,4K --tokens-per-step 512 --warmup 2 --val-rows 2 --device cpu --jobs 1")
+         "--tokens 2K,4K --tokens-per-step 512 --warmup 2 --val-rows 2 --device cpu").split()
 
 
 def commands(text=README):
@@ -33,23 +33,35 @@ def commands(text=README):
     return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
 
 
-def small(command):
+def words_of(command, home):
+    """The words that a shell would make of it: $(...) is replaced by what that prints."""
+    def said(inner):
+        words = [sys.executable, *shlex.split(inner[1])[1:]]
+        if "--data" in words:  # the reader's own data have images of 32 pixels here
+            words += ["--preset", "laptop", "--image-size", "32"]
+        return subprocess.run(words, cwd=home, check=True, capture_output=True, text=True).stdout
+
+    words = shlex.split(re.sub(r"\$\((.*?)\)", said, command))
+    found = [[str(path.relative_to(home)) for path in home.glob(word)] if "*" in word else [word]
+             for word in words]
+    return [word for place in found for word in place]
+
+
+def small(words):
     """The same command, shrunk: of a flag given twice the last counts."""
-    words = shlex.split(command)
-    if words[0] == "pip":
-        return None
+    trains = "train.py" in words or "tools.sweep" in words
     if words[0] == "torchrun":
         words[:1] = [sys.executable, "-m", "torch.distributed.run"]
         words = ["2" if before == "--nproc_per_node" else word
                  for before, word in zip(["", *words], words)]
     words[0] = sys.executable
-    if "train.py" in words:
-        words += shlex.split(SMALL)
-    if "pack" in words:
+    if trains:
+        words += SMALL
+    if "tools.pack" in words:
         words += ["--image-size", "32", "--tokenizer", "bytes", "--val-fraction", "0.2"]
-    if "fit_laws.py" in words and "--help" not in words:
+    if "fit_laws.py" in words or "tools.laws_more" in words:
         words += ["--bootstrap", "20"]
-    if words[1:2] == ["tests/bench.py"] and "--only" not in words:
+    if "tools.bench" in words and "--only" not in words:
         words += ["--only", "overhead,scaling"]
     return words
 
@@ -60,7 +72,7 @@ def workplace(tmp_path_factory):
     home = tmp_path_factory.mktemp("clone")
     for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt")]:
         shutil.copy(path, home)
-    for folder in ("results", "tests"):
+    for folder in ("results", "tests", "tools"):
         shutil.copytree(ROOT / folder, home / folder)
     make_sources(home)
     (home / "table.csv").write_text("N,D,loss\n" + "".join(
@@ -118,7 +130,7 @@ def prepare(command, home):
         lines = (ROOT / "results" / "experiments.jsonl").read_text("utf-8").splitlines(True)
         rows = [line for line in lines if json.loads(line)["study"] == study[1]]
         (home / "runs" / study[1] / "results.jsonl").write_text("".join(rows), encoding="utf-8")
-    run = re.search(r"model\.py (runs/\S+)", command)
+    run = re.search(r"tools\.sample (runs/\S+)", command)
     if run and not (home / run[1]).exists():
         done = next(home.glob("runs/*/*/ckpt.pt")).parent
         shutil.copytree(done, home / run[1])
@@ -128,28 +140,31 @@ def test_the_commands_run_in_their_order(workplace):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     ran = 0
     for command in commands():
-        words = small(command)
-        if words is None or "pytest" in command or "--nnodes" in command:
+        if command.startswith("pip ") or "pytest" in command or "--nnodes" in command:
             continue
         prepare(command, workplace)
-        result = subprocess.run(words, cwd=workplace, env=environment, capture_output=True,
-                                text=True)
+        result = subprocess.run(small(words_of(command, workplace)), cwd=workplace,
+                                env=environment, capture_output=True, text=True)
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
         ran += 1
     assert ran >= 8
 
 
-def small_experiment(command):
-    """One seed and one budget; the sizes of a sweep stay, those of the paper do not."""
-    words = small(command.replace("{seed}", "0"))
-    if "train.py" in words:
-        sizes = "--image-size 32 --patch-size 8 --vision-width 0" if "--preset" in command else ""
-        flags = shlex.split(command)
-        budget = "4K" if "," not in flags[flags.index("--tokens") + 1] else "2K,4K"
-        words = words[:-len(shlex.split(SMALL))] + shlex.split(
-            f"--preset laptop --width 16 --depth 1 --context 128 --tokens {budget} --seed 0 "
-            f"--tokens-per-step 512 --warmup 2 --val-rows 2 --device cpu --jobs 1 {sizes}")
-    return words + ["--quick"] * ("bench.py" in command)
+def small_experiment(command, home):
+    """One seed and few budgets; what a sweep is about stays, the paper's sizes do not."""
+    words = words_of(command.replace("{seed}", "0"), home)
+    if "tools.sweep" in words:  # two values of each list
+        words = [",".join(word.split(",")[:2]) for word in words]
+    trains, paper = "train.py" in words or "tools.sweep" in words, "--preset" in words
+    budget = "2K,4K" if trains and "," in words[words.index("--tokens") + 1] else "4K"
+    if trains and not paper:  # what a sweep is about stays: image size, context, widths
+        words = [sys.executable, *words[1:], "--width", "16", "--depth", "1", "--tokens-per-step",
+                 "512", "--context", "128", "--warmup", "2", "--val-rows", "2", "--device", "cpu"]
+    else:
+        words = small(words) + ["--vision-width", "0"] * trains
+    if trains:
+        words += ["--tokens", budget, "--seed", "0"]
+    return words + ["--quick"] * ("tools.bench" in words)
 
 
 def lend_runs(command, home):
@@ -174,7 +189,8 @@ def as_open_lm(ours):
         theirs[f"layers.0.{name}.weight"] = ours[f"{block}{name}.weight"]
     for name, parts in (("attention.in_proj", "attention.q attention.k attention.v"),
                         ("attention.out_proj", "attention.out"),
-                        ("feed_forward.w12", "ffn.gate ffn.up"), ("feed_forward.w3", "ffn.down")):
+                        ("feed_forward.w12", "ffn.w_gate ffn.w_up"),
+                        ("feed_forward.w3", "ffn.w_down")):
         theirs[f"layers.0.{name}.weight"] = torch.cat(
             [ours[f"{block}{part}.weight"] for part in parts.split()])
     theirs["layers.0.attention.pos_embed.inv_freq"] = torch.ones(4)  # head dim 8
@@ -187,12 +203,12 @@ def test_the_experiments_run_in_their_order(workplace):
     todo = commands(EXPERIMENTS)
     shutil.rmtree(workplace / "runs", ignore_errors=True)  # the README uses some of the names too
     if not (workplace / "data" / "real").exists():
-        todo = [next(c for c in pack if "data.py pack" in c), *todo]
+        todo = [next(c for c in pack if "tools.pack" in c), *todo]
     for command in todo:
         prepare(command, workplace)
         lend_runs(command, workplace)
-        result = subprocess.run(small_experiment(command), cwd=workplace, env=environment,
-                                capture_output=True, text=True)
+        result = subprocess.run(small_experiment(command, workplace), cwd=workplace,
+                                env=environment, capture_output=True, text=True)
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     assert len(todo) >= 30
 
@@ -207,7 +223,7 @@ def test_what_is_not_run_here_is_at_least_well_formed():
             assert all(name in extras for name in words[2:]), command
         elif "train.py" in words:
             flags = words[words.index("train.py") + 1:]
-            assert train.parse_grid([*flags, "--data", "procedural"]), command
+            assert train.parse_runs([*flags, "--data", "procedural"]), command
 
 
 def test_the_first_block_is_two_lines():

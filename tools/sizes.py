@@ -108,7 +108,7 @@ def equal_text(run):
 
 
 def main(argv=None):
-    parser = Parser(prog="sizes", description=__doc__)
+    parser = Parser(prog="python -m tools.sizes", description=__doc__)
     parser.add_argument("--match", choices=("params", "text", "flops"))
     parser.add_argument("--equal-text", action="store_true")
     args, flags = parser.parse_known_args(argv)

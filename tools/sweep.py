@@ -133,7 +133,7 @@ def train_all(jobs, free, bar, stop):
 
 
 def main(argv=None):
-    parser = train.Parser(prog="sweep", description=__doc__)
+    parser = train.Parser(prog="python -m tools.sweep", description=__doc__)
     parser.add_argument("--jobs", type=int, default=0, help="processes at a time; 0: one a core, or "
                         "one a GPU")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="only this part of the study")
