@@ -367,9 +367,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, run.train, machine)
         self.loader = Loader(run.data, run.train.seed, run.model.context, run.model.image_size,
                              run.model.patch_size)
-        self.lines, self.flushed = [], 0.0  # of log.jsonl, not yet written; when they last were
         self.stopped = False  # somebody asked this run, or another rank of it, to stop
-        self.clock = None  # when the last step ended; None before a step that is not timed
+        self.warm = False  # a step has been done since the start
         self.said = time.perf_counter()  # when something was last printed
         self.stats = {"padding": 0, "D_vision": 0, "timed": 0, "spent": 0.0}
         if machine.is_cuda:
@@ -396,56 +395,41 @@ class Trainer:
             text = json.dumps(self.config(), indent=1)
             write_whole(run.folder / "config.json", lambda path: path.write_text(text, "utf-8"))
 
-    def log(self, totals, norm):
-        """Turns the sums of the step that has just ended into a line of log.jsonl, a dict. It holds
-        nothing that depends on the machine's speed: a resumed run's log is the same, bit for bit.
-        None if the loss or the gradient is no longer a number."""
-        if time.perf_counter() - self.flushed > 1:  # so that one can watch the log grow
-            self.flush()
+    def measure(self, totals, norm, start):
+        """The step that has just ended, and started at `start`, as a line of log.jsonl (dict). The
+        line holds nothing that depends on the machine's speed, so that a resumed run's log is the
+        same, bit for bit. None if the loss or the gradient is no longer a number."""
         loss, balance, count, padding, vision, stopped = totals.tolist()
         line = {"step": self.step - 1, "loss": loss / max(count, 1),
                 "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
         if self.run.model.moe == "learned":
             line["load_balancing_loss"] = balance / max(count, 1)
+        self.stopped, now = stopped > 0, time.perf_counter()
         self.stats["padding"] += int(padding)
         self.stats["D_vision"] += int(vision)
-        self.stopped = stopped > 0
-        if not math.isfinite(loss + line["grad_norm"]):
-            return None
-        self.lines.append(line)
-        self.tick(f"step {self.step} of {self.run.steps}, loss {line['loss']:.3f}")
-        return line
-
-    def tick(self, progress):
-        """Times a step, but not the first after a start (torch compiles and allocates), a
-        validation or a checkpoint."""
-        now = time.perf_counter()
-        if self.clock is not None:
+        if self.warm:  # in the first step after a start, torch compiles and allocates
             self.stats["timed"] += 1
-            self.stats["spent"] += now - self.clock
-        self.clock = now
+            self.stats["spent"] += now - start
+        self.warm = True
         if not sys.stderr.isatty() and now - self.said > 30:  # where no progress bar is drawn
             self.said = now
-            self.machine.say(f"{self.run.name}: {progress}")
+            self.machine.say(f"{self.run.name}: step {self.step} of {self.run.steps}, "
+                             f"loss {line['loss']:.3f}")
+        return line if math.isfinite(loss + line["grad_norm"]) else None
 
-    def flush(self, to_disk=False):
-        """Appends to log.jsonl. Only a checkpoint has to wait for the disk."""
-        if self.machine.rank == 0 and (self.lines or to_disk):
+    def log(self, line):
+        if self.machine.rank == 0:
             with open(self.run.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.lines)
-                file.flush()
-                os.fsync(file.fileno()) if to_disk else None
-        self.lines, self.flushed = [], time.perf_counter()
+                file.write(json.dumps(line) + "\n")
 
     def save(self, name):
-        """Writes the log first, so that it covers every step of the checkpoint."""
-        self.flush(to_disk=True)
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "step": self.step, "stats": dict(self.stats), "identity": self.run.identity(),
+                 "step": self.step, "stats": self.stats, "identity": self.run.identity(),
                  "config": self.config()}
         if self.machine.rank == 0:
+            with open(self.run.folder / "log.jsonl", "rb+") as file:
+                os.fsync(file.fileno())  # first, so that it covers every step of the checkpoint
             write_whole(self.run.folder / name, lambda path: torch.save(state, path))
-        self.clock = None
 
     def restore(self, folder, name):
         """Takes over the state and the log of folder/name. The log may belong to another budget,
@@ -549,9 +533,9 @@ def evaluate(trainer):
     fixed validation rows of each kind, and the mean over kinds (section 1.1). Each rank reads its
     share; the model is the bare one, so that ranks may differ in their number of batches."""
     machine, loader, result = trainer.machine, trainer.loader, {}
-    rows = micro_rows(trainer.run, machine)
+    kinds, rows = loader.val_kinds(), micro_rows(trainer.run, machine)
     trainer.model.eval()
-    for kind in loader.val_kinds():
+    for kind in kinds:
         total = torch.zeros(3, dtype=torch.float64)  # loss, floor, targets
         for batch in loader.val_batches(kind, rows, machine.rank, machine.ranks):
             with machine.autocast():
@@ -562,11 +546,9 @@ def evaluate(trainer):
         if loader.source.knows_floor:
             result[f"floor_{kind}"] = floor / count
     trainer.model.train()
-    for name in ("loss", "floor"):
-        values = [v for k, v in result.items() if k.startswith(name + "_")]
-        if values:
-            result[name] = sum(values) / len(values)
-    return result
+    means = ("loss", "floor") if loader.source.knows_floor else ("loss",)
+    return result | {name: sum(result[f"{name}_{kind}"] for kind in kinds) / len(kinds)
+                     for name in means}
 
 
 def to_device(batch, machine):
@@ -590,6 +572,8 @@ def train(trainer, family):
     has_branches = any(other.branch > run.branch for other in family)
     with StopSignal() as stop, bar:
         while trainer.step < run.steps:
+            start = time.perf_counter()
+
             # learning rate
             for group in trainer.optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_at(trainer.step, run)
@@ -611,17 +595,17 @@ def train(trainer, family):
             trainer.step += 1
 
             # log
-            line = trainer.log(totals, norm)
+            line = trainer.measure(totals, norm, start)
             if line is None:
                 return "diverged"
+            if cfg.eval_every and trainer.step % cfg.eval_every == 0:
+                line |= {f"val_{k}": v for k, v in evaluate(trainer).items()}
+            trainer.log(line)
             bar.update()
             bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
 
-            # evaluation and checkpoint
+            # checkpoint
             at_end = trainer.step == run.steps
-            if cfg.eval_every and trainer.step % cfg.eval_every == 0:
-                line.update({f"val_{k}": v for k, v in evaluate(trainer).items()})
-                trainer.clock = None
             if trainer.step == run.branch and has_branches:  # a longer budget branches off here
                 trainer.save("trunk.pt")
             if trainer.step % cfg.save_every == 0 or at_end or trainer.stopped:
@@ -779,7 +763,6 @@ def train_one(run, runs, machine):
     except torch.OutOfMemoryError:
         raise SystemExit(f"{run.name}: out of memory; try a smaller --micro-rows, which "
                          "accumulates more, or --checkpointing") from None
-    trainer.flush()
     if status == "stopped":
         machine.say(f"{run.name}: saved at step {trainer.step} of {run.steps}; the same command "
                     "goes on from here")
