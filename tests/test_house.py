@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARROWS = {"world": set(), "moe": set(), "fit_laws": set(), "model": {"moe"}, "data": {"world"},
           "train": {"model", "data"}}
 PACKAGES = {"torch", "numpy", "tiktoken", "scipy", "tqdm"}
-OPTIONAL = ("PIL", "matplotlib", "pyarrow", "zstandard")
+OPTIONAL = ("PIL", "matplotlib", "pyarrow")
 
 
 def imported(path):

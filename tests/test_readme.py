@@ -85,7 +85,6 @@ def make_sources(home):
     """A few files in the layouts of DFN, OBELICS and DCLM, and a cat."""
     import pyarrow as pa
     import pyarrow.parquet
-    import zstandard
     from PIL import Image
 
     def picture(i):
@@ -107,7 +106,7 @@ def make_sources(home):
                for i in range(50)]
     pa.parquet.write_table(pa.Table.from_pylist(records), home / "obelics/a.parquet")
     lines = "".join(json.dumps({"text": f"text number {i} " * 9}) + "\n" for i in range(200))
-    (home / "dclm/a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    (home / "dclm/a.jsonl.zst").write_bytes(pa.compress(lines.encode(), "zstd", asbytes=True))
     (home / "cat.png").write_bytes(picture(0))
     (home / "llava").mkdir()
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Red."}]
