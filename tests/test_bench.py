@@ -22,7 +22,7 @@ def test_the_flops_are_those_that_torch_counts(changes, bookkeeping):
     model, batch = Model(cfg), make_batch(cfg, [["tIttt", "tttt"], ["tIItt"]])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         out = model(batch)
-        (out.loss + sum(out.aux.values())).backward()
+        (out.loss + out.balance).backward()
     positions = batch["tokens"].numel()
     ours = step_flops(cfg, positions, len(batch["images"]), len(batch["target_index"]))
     pairs = 6 * cfg.context * cfg.width

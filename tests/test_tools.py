@@ -80,7 +80,7 @@ def test_without_pairs_it_is_welchs_and_of_single_runs_it_has_no_interval(capsys
     assert learned["Δ loss"] == f"-0.1500 [{-0.15 - half:+.4f}, {-0.15 + half:+.4f}] Welch"
     (_, learned), _ = cells(capsys, tmp_path, [ROWS[0], ROWS[3]])
     assert learned["Δ loss"] == "-0.1000 [—]" and learned["loss"] == "0.9000"
-    rows = [*ROWS[:3], row("learned", 2, 2.5), row("learned", 3, 4.5)]  # one seed of several shared
+    rows = [*ROWS[:3], row("learned", 2, 2.5), row("learned", 3, 4.5)]  # one seed in common
     (_, learned), _ = cells(capsys, tmp_path, rows)
     assert learned["Δ loss"].startswith("+2.3000 [") and learned["Δ loss"].endswith("Welch")
 

@@ -34,6 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -46,13 +47,14 @@ import data
 import model as model_file
 import train
 from model import Model, Output, ffn_hidden, generate, prompt_batch
-from tools import bench_parts, need, usable_cores
+from tools import need, usable_cores
 from tools.pack import pack
 from tools.sizes import training_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"1M": dict(width=128, depth=5, heads=4), "5M": dict(width=256, depth=6, heads=4),
          "20M": dict(width=512, depth=6, heads=8)}
+GO_ON = SimpleNamespace(asked=False)  # what a train.StopSignal says until somebody stops the run
 GPU_STEP = {"tokens_per_step": 16 * 1024}  # 16 rows of the paper's context
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # published dense bf16 FLOP/s
 GPU_MARKS = {
@@ -191,7 +193,7 @@ class Stock(nn.Module):
         x = self.blocks(self.embedding(tokens) + self.positions)                 # (B,T,W)
         logits = self.head(self.norm(x)).flatten(0, 1)                           # (B*T,V)
         loss = F.cross_entropy(logits.float(), tokens.roll(-1, 1).flatten(), reduction="sum")
-        return Output(loss, tokens.numel(), {}, loss.detach(), None)
+        return Output(loss, tokens.numel(), torch.zeros_like(loss), loss.detach(), None)
 
 
 def trainee(machine, given, kind=Model):
@@ -205,7 +207,7 @@ def trainee(machine, given, kind=Model):
 
 def step(trainer, batch):
     """One training step as in train.train: forward, backward, clip, AdamW."""
-    totals = train.micro_step(trainer, trainer.model, batch)
+    totals = train.forward_and_backward(trainer, trainer.model, iter([batch]), 1, GO_ON)
     grads = [p.grad for p in trainer.model.parameters()]
     torch._foreach_mul_(grads, 1 / totals[2].clamp(min=1))
     torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.run.train.grad_clip)
@@ -231,11 +233,9 @@ def make_batches(trainer, n=4):
     """n batches of one step: the loader's for a laptop, random ones for the paper's sizes."""
     run = trainer.run
     rows = run.train.tokens_per_step // run.model.context
-    if run.train.preset == "laptop":
-        micro = data.Batches(trainer.loader, 0, n, rows, rows, 0, 1)
-        batches = [micro[i] for i in range(n)]
-    else:
-        batches = [random_batch(run.model, rows, np.random.default_rng(i)) for i in range(n)]
+    batches = trainer.loader.train_batches(0, n, rows, rows)
+    if run.train.preset != "laptop":
+        batches = (random_batch(run.model, rows, np.random.default_rng(i)) for i in range(n))
     return [train.to_device(batch, trainer.machine) for batch in batches]
 
 
@@ -322,11 +322,14 @@ def loading(bench):
     packed = {**shape, "data": str(small), "mixture": "100-0-0"}
     loaders = {name: trainee(bench.machine, given).loader
                for name, given in (("world", shape), ("packed", packed))}
-    works = {name: data.Batches(loader, 0, 9, 8, 8, 0, 1).__getitem__
-             for name, loader in loaders.items()}
+
+    def work(r, loader):
+        data.collate([loader[8 * r + i] for i in range(8)], loader.patch_size)
+
     return compare(bench, "1M", {"early": shape}, 9, {},
                    [("loader / step, packed captions of 32 px", "packed / early", "<= 0.02"),
-                    ("loader / step, procedural world", "world / early", "<= 0.02")], works)
+                    ("loader / step, procedural world", "world / early", "<= 0.02")],
+                   {name: partial(work, loader=loader) for name, loader in loaders.items()})
 
 
 def upkeep(bench):
@@ -406,14 +409,6 @@ def generation(bench):
             yield Row("caption of an image, 64 tokens, seconds (wall)", took["caption"], "<= 1")
 
 
-def parts(bench):
-    """Only told: what each optimisation of the model gains, see bench_parts.py."""
-    for what, (kept, replaced) in bench_parts.pairs(config_of({})).items():
-        took = bench.interleave({"kept": kept, "replaced": replaced}, 15)
-        each = [f"{1e3 * np.median(times):.2f}" for times in took.values()]
-        yield Row(what, took["kept"] / took["replaced"], note=f"{' and '.join(each)} ms")
-
-
 def tokens_per_second(bench, threads, *command):
     """tokens/s by the wall of the runs that a command trains side by side."""
     folder = tempfile.mkdtemp(dir=bench.folder)
@@ -473,7 +468,7 @@ def peak_of_steps(machine, given):
     trainer = trainee(machine, given)
     for batch in make_batches(trainer, 2):
         step(trainer, batch)
-    return machine.peak_mem_mb() if machine.is_cuda else memory("VmHWM") - before
+    return train.peak_memory(machine) if machine.is_cuda else memory("VmHWM") - before
 
 
 def memory_of_reading(folder):
@@ -629,17 +624,16 @@ MARKS = {  # name: (the kind of device it needs, function)
         compare, size="1M", kinds={"eager": SIZES["1M"], "fast": {**SIZES["1M"], "compile": "on"}},
         rounds=9, marks={}, ratios=[("step, compiled / eager", "fast / eager", "")])),
     "loading": ("cpu", loading), "upkeep": ("cpu", upkeep), "overhead": ("cpu", overhead),
-    "generation": ("cpu", generation), "parts": ("cpu", parts), "parallel": ("cpu", parallel),
-    "packing": ("any", packing), "slope": ("any", slope), "scaling": ("any", scaling),
-    "efficiency": ("any", efficiency), "gpu275m": ("cuda", gpu_275m),
+    "generation": ("cpu", generation), "parallel": ("cpu", parallel), "packing": ("any", packing),
+    "slope": ("any", slope), "scaling": ("any", scaling), "efficiency": ("any", efficiency),
+    "gpu275m": ("cuda", gpu_275m),
     "gpu932m": ("cuda", partial(compare, size="932m", rounds=5, marks={"early": ">= 0.55"},
                                 kinds={"early": {"preset": "932m", **GPU_STEP}})),
     "gpumemory": ("cuda", gpu_memory)}
 
 
-def measure(bench, name):
+def measure(bench, name, device, function):
     """The rows of one measurement; those that failed or need another device have no value."""
-    device, function = MARKS[name]
     if device not in ("any", bench.machine.device.type):
         marks = GPU_MARKS.get(name, {f"{name}: marks of a CPU": ""})
         return [Row(what, None, mark, f"needs {device}") for what, mark in marks.items()]
@@ -679,16 +673,16 @@ def hardware(machine):
     return f"{[*names, platform.processor()][0]}, {usable_cores()} cores"
 
 
-def main(argv=None):
-    parser = train.Parser(prog="python -m tools.bench", description=__doc__)
+def main(argv=None, marks=MARKS, prog="python -m tools.bench", description=__doc__):
+    parser = train.Parser(prog=prog, description=description)
     parser.add_argument("--json", help="write the rows to this file")
-    parser.add_argument("--only", default=",".join(MARKS), help="of " + ",".join(MARKS))
+    parser.add_argument("--only", default=",".join(marks), help="of " + ",".join(marks))
     parser.add_argument("--quick", action="store_true", help="two rounds: to see that it runs")
     parser.add_argument("--runs", type=int, default=1, help="repeat, and judge the medians")
     args = parser.parse_args(argv)
     names = args.only.split(",")
-    data.check(set(names) <= set(MARKS) and args.runs > 0,
-               f"bench: --only takes some of {','.join(MARKS)}; --runs at least 1")
+    data.check(set(names) <= set(marks) and args.runs > 0,
+               f"{prog}: --only takes some of {','.join(marks)}; --runs at least 1")
     machine, runs = train.Machine.start("auto"), []
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
@@ -697,7 +691,7 @@ def main(argv=None):
             bench = Bench(machine, args.quick, Path(folder, str(n)))
             bench.folder.mkdir()
             for name in tqdm(names, f"run {n + 1} of {args.runs}"):
-                runs[-1] += measure(bench, name)
+                runs[-1] += measure(bench, name, *marks[name])
     rows = merge(runs)
     about = {"hardware": hardware(machine), "torch": torch.__version__, "runs": args.runs,
              "threads": torch.get_num_threads()}

@@ -1,6 +1,6 @@
 """Each optimisation that was kept, beside the plainer way it replaced.
 
-    python -m tools.bench --only parts
+    python -m tools.bench_parts
 
 Each value is the time of a forward and backward pass of the part alone, the way the code does it,
 over the time of the way it does not, so 0.25 means four times faster. The shapes are those of the
@@ -12,12 +12,14 @@ Dimensions: B rows, T context, W width, H heads, F ffn hidden, K text targets, V
 from functools import partial
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import moe
 from model import Model, attention_mask, generate, rope_table, rotate
+from tools import bench
 
 B, T, W, H, HIDDEN, V, E = 8, 256, 128, 4, 352, 264, 8
 
@@ -117,13 +119,25 @@ def expert_parts():
     }
 
 
-def decoding(cfg):
-    network, slower = Model(cfg).eval(), torch.no_grad()(generate.__wrapped__)
+def decoding():
+    network = Model(bench.config_of({})).eval()
+    slower = torch.no_grad()(generate.__wrapped__)
     return {"decoding: inference_mode / no_grad": tuple(
         lambda r, run=run: run(network, [[0]], 64) for run in (generate, slower))}
 
 
-def pairs(cfg):
-    """{what: (kept, replaced)}, each a work for Bench.interleave. cfg: of the model that decodes.
-    The works run on a CPU only, because that is where these optimisations were chosen."""
-    return {**attention_parts(), **dense_parts(), **expert_parts(), **decoding(cfg)}
+def parts(where):
+    """Rows whose values are only told: no mark is set for them."""
+    groups = attention_parts(), dense_parts(), expert_parts(), decoding()
+    for what, (kept, replaced) in [pair for group in groups for pair in group.items()]:
+        took = where.interleave({"kept": kept, "replaced": replaced}, 15)
+        each = [f"{1e3 * np.median(times):.2f}" for times in took.values()]
+        yield bench.Row(what, took["kept"] / took["replaced"], note=f"{' and '.join(each)} ms")
+
+
+def main(argv=None):
+    bench.main(argv, {"parts": ("cpu", parts)}, "python -m tools.bench_parts", __doc__)
+
+
+if __name__ == "__main__":
+    main()

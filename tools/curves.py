@@ -7,10 +7,10 @@ Reads OUT/*/log.jsonl, where train.py writes validation losses if it is given --
 import json
 from pathlib import Path
 
-from data import KINDS, check
+from data import check
 from tools import need
 from train import Parser
-from world import QUESTIONS
+from world import KINDS, QUESTIONS
 
 
 def read(folder):

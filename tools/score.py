@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (KINDS, DataConfig, Loader, check, encode, expand, get_tokenizer, patchify, square)
+from data import DataConfig, Loader, check, encode, expand, get_tokenizer, patchify, square
 from model import generate, load_model
 from tools.pack import Skip, load_image, read_samples, read_source
 from train import Parser, finished
+from world import KINDS
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # not the apostrophe, the colon and the full stop
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
@@ -92,8 +93,8 @@ def cider_d(candidates, references):
 
 def held_out(model, data, source, n):
     """Validation documents as (kind, tokens, patch, target, images, None), n of each kind."""
-    share = dict(zip(KINDS, DataConfig(mixture=data["mixture"]).percent))
-    asked = "conversation" if share["conversation"] else "caption"
+    shares = DataConfig(mixture=data["mixture"]).shares
+    asked = "conversation" if "conversation" in shares else "caption"
     mixture = "-".join("100" if kind == asked else "0" for kind in KINDS)
     loader = Loader(DataConfig(source, mixture, val_rows=n), 0,
                     model.cfg.context, model.cfg.image_size, model.cfg.patch_size)

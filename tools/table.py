@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from data import KINDS, DataConfig, check
+from data import DataConfig, check
 from tools import need
 from train import Parser
+from world import KINDS
 
 MEASURED = re.compile(r"(loss|floor|accuracy|cider|peak|wall|tok_per)\w*|N(_\w+)?|C|D_vision"
                       r"|padding|\w+_share|n_scored|run|seed|device|world_size|torch|git|status")
@@ -40,7 +41,8 @@ def read(paths):
     check(rows, f"{', '.join(paths)}: no run has ended yet")
     for row in rows.values():
         if "mixture" in row:
-            row |= zip(SHARES, DataConfig(mixture=row["mixture"]).percent)
+            shares = DataConfig(mixture=row["mixture"]).shares
+            row |= {f"{kind}_share": shares.get(kind, 0) for kind in KINDS}
         row["experts"] = row.get("n_experts")  # as the flag is called
         if "steps" in row:  # the D of a diverged run is where it ended
             row["D"] = row["steps"] * row["tokens_per_step"]
@@ -173,7 +175,7 @@ def main(argv=None):
         check(name in known, f"no row has the field {name!r}; did you mean {near}? There are "
               f"{', '.join(known)}")
     fields = [field for field in by or varying(rows, across) if field not in across]
-    if {*across} & {*SHARES}:  # a mixture's share is what the plot is against
+    if args.plot in SHARES:  # the mixtures differ in it
         fields = [field for field in fields if field != "mixture"]
     fields += across
     groups = group(rows, fields)
