@@ -1,5 +1,4 @@
-"""python -m pytest tests/test_results.py -q"""
-
+"""The tools that read runs: table, curves and score."""
 import json
 import subprocess
 import sys
@@ -7,36 +6,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import train
-from data import Document, expand, get_tokenizer
-from moe import specialization
-from results import experts, score, table
+from data import encode, expand, get_tokenizer
+from tools import score, table
+from world import QUESTIONS
 
+ENCODING = get_tokenizer()
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--width 16 --depth 2 --context 256 --tokens-per-step 512 --warmup 4 --val-rows 2 "
-        "--tokens 10K --device cpu --jobs 1").split()
-
-
-def trained(out, *flags):
-    """The folder of a tiny run."""
-    train.main([*TINY, "--out", str(out), *flags])
-    folder, = (path.parent for path in Path(out).glob("*/ckpt.pt"))
-    return folder
+        "--tokens 10K --device cpu --eval-every 10").split()
 
 
 @pytest.fixture(scope="module")
-def moe_run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("moe"), "--moe", "learned", "--experts", "4")
+def study(tmp_path_factory):
+    """A folder with a run trained on conversations and one trained on the default mixture."""
+    out = tmp_path_factory.mktemp("study")
+    train.main([*TINY, "--out", str(out), "--mixture", "0-0-0-100"])
+    train.main([*TINY, "--out", str(out), "--fusion", "late"])
+    return out
 
 
 @pytest.fixture(scope="module")
-def sft_run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("sft"), "--mixture", "0-0-0-100")
-
-
-# -- table ---------------------------------------------------------------------------------------
+def sft_run(study):
+    return next(study.glob("early*"))
 
 
 def row(moe, seed, loss, **more):
@@ -62,9 +55,11 @@ def cells(capsys, tmp_path, rows, *flags):
 def test_seeds_are_pooled_and_only_fields_that_vary_are_columns(capsys, tmp_path):
     (none, learned), _ = cells(capsys, tmp_path, ROWS)
     assert list(none) == ["moe", "n", "N", "D", "loss", "tokens/s", "Δ loss"]
-    assert (none["loss"], none["n"]) == ("1.2000 ± 0.2000", "3")
-    assert none["Δ loss"] == "reference"
+    assert [none[x] for x in ("loss", "n", "Δ loss")] == ["1.2000 ± 0.2000", "3", "reference"]
     assert learned["moe"] == "learned" and learned["loss"] == "1.0667 ± 0.2082"
+    rows = [{**r, "init": f"runs/text-s{r['seed']}"} for r in ROWS]  # differs as the seed does
+    lines, _ = cells(capsys, tmp_path, rows, "--by", "moe")
+    assert [line["n"] for line in lines] == ["3", "3"]
 
 
 def test_the_difference_is_paired_over_shared_seeds(capsys, tmp_path):
@@ -76,7 +71,7 @@ def test_the_difference_is_paired_over_shared_seeds(capsys, tmp_path):
     assert none["Δ loss"].startswith("+0.1333") and learned["Δ loss"] == "reference"
 
 
-def test_other_seeds_are_compared_with_welch_and_one_seed_has_no_interval(capsys, tmp_path):
+def test_without_pairs_it_is_welchs_and_of_single_runs_it_has_no_interval(capsys, tmp_path):
     """Variances 0.02 and 0.005 of two runs each: Welch has 1.47 degrees of freedom."""
     rows = [*ROWS[:2], row("learned", 2, 0.9), row("learned", 3, 1.0)]
     (_, learned), _ = cells(capsys, tmp_path, rows)
@@ -85,14 +80,9 @@ def test_other_seeds_are_compared_with_welch_and_one_seed_has_no_interval(capsys
     assert learned["Δ loss"] == f"-0.1500 [{-0.15 - half:+.4f}, {-0.15 + half:+.4f}] Welch"
     (_, learned), _ = cells(capsys, tmp_path, [ROWS[0], ROWS[3]])
     assert learned["Δ loss"] == "-0.1000 [—]" and learned["loss"] == "0.9000"
-
-
-def test_one_shared_seed_of_several_makes_no_pair(capsys, tmp_path):
-    """Its single pair would be beside means of other runs."""
-    rows = [row("none", seed, loss) for seed, loss in ((0, 1.0), (1, 2.0), (2, 3.0))]
-    rows += [row("learned", seed, loss) for seed, loss in ((2, 2.5), (3, 4.0), (4, 4.0))]
+    rows = [*ROWS[:3], row("learned", 2, 2.5), row("learned", 3, 4.5)]  # one seed in common
     (_, learned), _ = cells(capsys, tmp_path, rows)
-    assert learned["Δ loss"].startswith("+1.5000 [") and learned["Δ loss"].endswith("Welch")
+    assert learned["Δ loss"].startswith("+2.3000 [") and learned["Δ loss"].endswith("Welch")
 
 
 def test_each_line_is_compared_with_its_like(capsys, tmp_path):
@@ -113,23 +103,13 @@ def test_diverged_runs_are_counted_and_named(capsys, tmp_path):
     assert (learned["n"], learned["loss"], learned["Δ loss"]) == ("0 (+ 1 diverged)", "—", "—")
 
 
-def test_a_field_that_names_a_run_a_seed_does_not_split_them(capsys, tmp_path):
-    rows = [{**r, "init": r["moe"] and f"runs/text-s{r['seed']}"} for r in ROWS]
-    lines, _ = cells(capsys, tmp_path, rows, "--by", "moe")
-    assert [line["n"] for line in lines] == ["3", "3"]
-
-
-@pytest.mark.parametrize("flags,words", [
-    (["--by", "fusion"], "no row has the field 'fusion'"),
-    (["--metric", "loss,lost"], "no row has the field 'lost'"),
-    (["--by", "top-k"], "no row has the field 'top-k'"),
-    (["--by", "mixture"], "one seed: give --by what differs .moe"),
-    (["--against", "moe=modality"], "--against moe=modality"),
-    (["--plot", "moe"], "--plot moe: not a number"),
-    (["no/such/folder"], "no/such/folder"),
-])
-def test_mistakes_end_in_one_clear_line(capsys, tmp_path, flags, words):
-    with pytest.raises(SystemExit, match=words) as error:
+@pytest.mark.parametrize("flags, named", [
+    (["--by", "fusion"], "fusion"), (["--metric", "loss,lost"], "lost"),
+    (["--by", "top-k"], "top-k"), (["--by", "mixture"], "--by .*moe"),
+    (["--against", "moe=modality"], "moe=modality"), (["--plot", "moe"], "--plot moe"),
+    (["--where", "moe"], "--where moe"), (["no/such/folder"], "no/such/folder")])
+def test_mistakes_end_in_one_clear_line(capsys, tmp_path, flags, named):
+    with pytest.raises(SystemExit, match=named) as error:
         cells(capsys, tmp_path, ROWS, *flags)
     assert "\n" not in str(error.value)
 
@@ -140,49 +120,14 @@ def test_a_plot_against_a_share_of_the_mixture(capsys, tmp_path, monkeypatch):
             for share in (20, 70) for fusion, noise in (("early", 0.1), ("late", 0.2))
             for seed in (-1, 1)]
     drawn = []
-    from matplotlib.axes import Axes
-    monkeypatch.setattr(Axes, "errorbar", lambda self, x, y, sd, **style: drawn.append(
-        (style["label"], [*x], [*np.round(y, 6)], [*np.round(sd, 6)])) or self.plot(x, y, **{
-            "label": style["label"]}))
-    out = tmp_path / "f.png"
-    cells(capsys, tmp_path, rows, "--plot", "caption_share", "--out", str(out), "--metric", "loss")
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda self, x, y, sd, label, **_:
+                        drawn.append((label, [*x], [*np.round(y, 6)], [*np.round(sd, 6)]))
+                        or self.plot(x, y, label=label))
+    flags = "--plot", "caption_share", "--metric", "loss", "--out", str(tmp_path / "f.png")
+    cells(capsys, tmp_path, rows, *flags)
     sd = np.round(np.array([[0.02, 0.07], [0.04, 0.14]]) * 2 ** 0.5, 6).tolist()
     assert drawn == [("fusion early", [20, 70], [0.2, 0.7], sd[0]),
                      ("fusion late", [20, 70], [0.2, 0.7], sd[1])]
-    assert out.read_bytes()[:4] == b"\x89PNG"
-
-
-# -- experts -------------------------------------------------------------------------------------
-
-
-def test_the_scores_are_those_of_hand_made_counts():
-    """Layer 0 divides the modalities, layer 1 has no preference: its score is the floor."""
-    counts = torch.tensor([[[30, 0.], [0, 10]], [[15, 15.], [5, 5]]])            # (L,2,E)
-    head, first, second = experts.table({"caption": counts})
-    floor = 1 + 0.75 * np.log2(0.75) + 0.25 * np.log2(0.25)
-    assert head == ["layer", "caption score", "caption floor"]
-    assert first == ["0", "1.000", f"{floor:.3f}"] and second == ["1", *[f"{floor:.3f}"] * 2]
-    assert specialization(counts)["score"] == pytest.approx([1, floor])
-
-
-def test_expert_counts_are_of_all_validation_tokens(moe_run):
-    model, data = experts.load_model(moe_run)
-    counts = experts.count(model, experts.held_out(model, data, 3))
-    assert list(counts) == ["caption", "interleaved"]
-    rows = experts.held_out(model, data, 3).world_val_rows("caption")
-    image = sum(int((r.patch >= 0).sum()) for r in rows)
-    assert counts["caption"].sum(2).tolist() == [[sum(r.used for r in rows) - image, image]] * 2
-
-
-def test_experts_of_a_run_without_two_modalities_or_without_a_router(sft_run, tmp_path):
-    with pytest.raises(SystemExit, match="has no router"):
-        experts.main([str(sft_run)])
-    folder = trained(tmp_path, "--moe", "learned", "--experts", "2", "--mixture", "0-0-100")
-    with pytest.raises(SystemExit, match="text only"):
-        experts.main([str(folder)])
-
-
-# -- score: the metrics --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text,normal", [
@@ -195,32 +140,25 @@ def test_vqa_normalise_does_what_the_official_evaluation_does(text, normal):
     assert score.vqa_normalise(text) == normal
 
 
-def test_vqa_accuracy_of_ten_references():
+def test_vqa_accuracy_of_ten_references_and_of_one():
     """With k equal references: k of the 10 subsets have k - 1 of them, the others k."""
     for k, right in ((0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)):
         references = ["Two."] * k + ["three"] * (10 - k)
         assert score.vqa_accuracy("the 2", references) == pytest.approx(right)
-
-
-def test_vqa_accuracy_of_one_reference_is_equality():
     assert score.vqa_accuracy("A cat.", ["cat"]) == 1 and score.vqa_accuracy("cats", ["cat"]) == 0
 
 
-def test_cider_d_of_equal_and_of_disjoint_captions():
+def test_cider_d_of_captions_whose_value_is_known():
     """All n-grams differ between the two pictures, so each of the four cosines is 1; of a text of
-    two words only two of the four exist."""
+    two words only two of the four exist. "x x" for "x": the count is clipped to 1, with a weight of
+    ln 2 each the cosine is 1 / 2, one of the four, and it is one word longer."""
     texts, short = ["a red cat sleeps", "one blue dog runs"], ["red cat", "blue dog"]
     assert score.cider_d(texts, [[text] for text in texts]) == pytest.approx(10)
     assert score.cider_d(short, [[text] for text in short]) == pytest.approx(5)
     assert score.cider_d(texts, [["two green hens sit"], ["it rains very hard"]]) == 0
     assert score.cider_d(texts[:1], [texts[:1]]) == 0  # no idf without other pictures
-
-
-def test_cider_d_of_a_longer_candidate_by_hand():
-    """"x x" for "x": the count is clipped to 1, weight ln 2 each: cosine 1*1 / (2*1), one of four
-    n, one word longer. The second picture scores nothing."""
-    assert score.cider_d(["x x", "z"], [["x"], ["y"]]) == pytest.approx(
-        10 * (0.5 / 4) * np.exp(-1 / 72) / 2)
+    longer = 10 * (0.5 / 4) * np.exp(-1 / 72)
+    assert score.cider_d(["x x", "z"], [["x"], ["y"]]) == pytest.approx((longer + 0) / 2)
 
 
 def test_cider_d_does_not_depend_on_the_order_or_on_case():
@@ -232,26 +170,13 @@ def test_cider_d_does_not_depend_on_the_order_or_on_case():
     assert score.cider_d([text.upper() for text in texts], references) == pytest.approx(value)
 
 
-# -- score: the questions ------------------------------------------------------------------------
-
-
 class Shapes:
     n_patches, patch_size, image_size = 4, 4, 8
 
 
 def text_of(prompt):
-    encoding = get_tokenizer()
-    return encoding.decode([i for part in prompt if isinstance(part, list)
-                            for i in part if i != encoding.eot_token])
-
-
-def test_a_caption_is_the_answer_to_its_picture():
-    encoding, image = get_tokenizer(), np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
-    ids = np.array([-1, *encoding.encode_ordinary("a cat.")], np.int32)
-    document = *expand(Document(ids, [image]), encoding.eot_token, 4)[:3], [image], None
-    (kind, prompt, references), = score.exchanges([("caption", *document)], Shapes, encoding)
-    assert prompt[0] == [encoding.eot_token] and prompt[1].shape == (4, 48) and len(prompt) == 2
-    assert (kind, references) == ("caption", ["a cat."])
+    ids = [i for part in prompt if isinstance(part, list) for i in part]
+    return ENCODING.decode([i for i in ids if i != ENCODING.eot_token])
 
 
 def llava(folder, records):
@@ -272,30 +197,39 @@ RECORDS = [{"id": "a", "image": "red.png", "answers": ["red", "red", "dark red"]
 
 
 def test_conversations_become_questions_with_their_history(tmp_path):
-    encoding = get_tokenizer()
-    documents = score.conversations(llava(tmp_path, RECORDS), Shapes, encoding)
-    first, second, third = score.exchanges(documents, Shapes, encoding)
+    documents = score.conversations(llava(tmp_path, RECORDS), Shapes, ENCODING)
+    first, second, third = score.exchanges(documents, Shapes, ENCODING)
     assert first[1][1].shape == (4, 48) and text_of(first[1]) == "\nquestion: what colour?\nanswer:"
     assert first[2] == ["red", "red", "dark red"]
     assert text_of(second[1]) == "\nquestion: one?\nanswer:" and second[2] == ["two"]
     assert text_of(third[1]) == text_of(second[1]) + " two\nquestion: three?\nanswer:"
-    assert third[1].count([encoding.eot_token]) == 2 and third[2] == ["four"]  # also after " two"
+    assert third[1].count([ENCODING.eot_token]) == 2 and third[2] == ["four"]  # also after " two"
 
 
-def test_a_record_without_its_picture_is_named(tmp_path):
+def test_a_caption_is_the_answer_to_its_picture():
+    image = np.zeros((8, 8, 3), np.uint8)
+    arrays = expand(encode([image, "a cat."], ENCODING), ENCODING.eot_token, Shapes.n_patches)[:3]
+    (_, prompt, references), = score.exchanges([("", *arrays, [image], None)], Shapes, ENCODING)
+    assert prompt[0] == [ENCODING.eot_token] and prompt[1].shape == (4, 48) and len(prompt) == 2
+    assert references == ["a cat."]
+
+
+def test_score_names_what_it_cannot_find(sft_run, tmp_path):
     path = llava(tmp_path, [{**RECORDS[0], "image": "blue.png"}])
-    with pytest.raises(SystemExit, match="record 0: missing image"):
-        list(score.conversations(path, Shapes, get_tokenizer()))
-    path.write_text("{", "utf-8")
-    with pytest.raises(SystemExit, match="vqa.json, record"):
-        list(score.conversations(path, Shapes, get_tokenizer()))
+    broken = tmp_path / "broken.json"
+    broken.write_text("{", "utf-8")
+    for flags, named in ((["no/run"], "no/run"), ([sft_run, "--data", "no.json"], "no.json"),
+                         ([sft_run, "--data", path], "vqa.json, record 0: missing image"),
+                         ([sft_run, "--data", broken], "broken.json")):
+        with pytest.raises(SystemExit, match=named):
+            score.main([*map(str, flags)])
 
 
 def test_scores_of_a_model_that_knows_the_answers(sft_run, tmp_path, monkeypatch, capsys):
     """The tiny model knows nothing, so the true answers stand in for what it says."""
     truths = iter(["dark red", "two", "five"])
-    monkeypatch.setattr(score, "generate", lambda *_, **__: get_tokenizer().encode_ordinary(
-        f" {next(truths)}"))
+    monkeypatch.setattr(score, "generate",
+                        lambda *_, **__: ENCODING.encode_ordinary(f" {next(truths)}"))
     out = tmp_path / "scores.jsonl"
     score.main([str(sft_run), "--data", str(llava(tmp_path, RECORDS)), "--json", str(out)])
     result = json.loads(out.read_text("utf-8"))
@@ -304,36 +238,33 @@ def test_scores_of_a_model_that_knows_the_answers(sft_run, tmp_path, monkeypatch
     assert "true: 'two'" in capsys.readouterr().out
 
 
-def test_a_run_with_conversations_answers_each_kind_of_question(sft_run, tmp_path, capsys):
-    score.main([str(sft_run), "-n", "2", "--max-new-tokens", "4", "--json", str(tmp_path / "s")])
-    result = json.loads((tmp_path / "s").read_text("utf-8"))
-    assert result["n_scored"] == 8 and result["scored"] == "procedural"
-    assert {"accuracy_colour", "accuracy_count", "accuracy_relation", "accuracy_compare"} <= {
-        *result}
-    table.main([str(tmp_path / "s")])  # the table reads such rows
+def test_a_prompt_that_fills_the_context_is_a_wrong_answer(sft_run, tmp_path, capsys):
+    records = [{"id": "long", "conversations": turns("why? " * 100, "because")}]
+    score.main([str(sft_run), "--data", str(llava(tmp_path, records))])
+    assert "accuracy 0, cider_d 0, n_scored 1" in capsys.readouterr().out
+
+
+def test_several_runs_are_asked_about_what_they_were_trained_on(study, tmp_path, capsys):
+    """A path that is no run, as in the glob study/*, is named and skipped."""
+    paths, out = [str(path) for path in sorted(study.glob("*"))], str(tmp_path / "scores.jsonl")
+    score.main([*paths, "-n", "2", "--max-new-tokens", "4", "--json", out])
+    assert f"{study / 'results.jsonl'} is skipped" in capsys.readouterr().out
+    early, late = map(json.loads, Path(out).read_text("utf-8").splitlines())
+    assert (early["fusion"], early["n_scored"], early["scored"]) == ("early", 8, "procedural")
+    assert {f"accuracy_{kind}" for kind in QUESTIONS} <= {*early}
+    assert late["fusion"] == "late" and "accuracy_caption" in late
+    table.main([out, "--by", "fusion"])  # the table reads such rows
     assert "accuracy_colour" in capsys.readouterr().out
 
 
-def test_a_prompt_that_fills_the_context_is_a_wrong_answer(sft_run, tmp_path):
-    records = [{"id": "long", "conversations": turns("why? " * 100, "because")}]
-    score.main([str(sft_run), "--data", str(llava(tmp_path, records)),
-                "--json", str(tmp_path / "s.jsonl")])
-    result = json.loads((tmp_path / "s.jsonl").read_text("utf-8"))
-    assert result["accuracy"] == 0 and result["n_scored"] == 1
-
-
-# -- all from the command line -------------------------------------------------------------------
-
-
-def test_each_script_runs_from_the_root_of_the_repository(moe_run, tmp_path):
-    commands = [["experts.py", moe_run, "--rows", "2", "--out", tmp_path / "e.png"],
-                ["score.py", moe_run, "-n", "2", "--max-new-tokens", "4"],
-                ["table.py", moe_run.parent, "--plot", "D", "--out", tmp_path / "t.png"]]
-    started = [subprocess.Popen([sys.executable, f"results/{name}", *flags], cwd=ROOT, text=True,
-                                stdout=subprocess.PIPE) for name, *flags in commands]
-    (experts_said, _), (score_said, _), (table_said, _) = [p.communicate() for p in started]
+def test_each_tool_runs_from_the_root_of_the_repository(study, sft_run, tmp_path):
+    commands = [["score", sft_run, "-n", "1", "--max-new-tokens", "4"],
+                ["curves", study, "--out", tmp_path / "c.png"],
+                ["table", study, "--plot", "D", "--out", tmp_path / "t.png"]]
+    started = [subprocess.Popen([sys.executable, "-m", f"tools.{name}", *flags], cwd=ROOT,
+                                text=True, stdout=subprocess.PIPE) for name, *flags in commands]
+    scored, _, tabled = (process.communicate()[0] for process in started)
     assert [process.returncode for process in started] == [0, 0, 0]
-    assert experts_said.count("\n|") == 4 and "accuracy_caption" in score_said
-    assert "loss_caption" in table_said.splitlines()[0]
-    for name in ("e.png", "t.png"):
+    assert "accuracy_colour" in scored and "loss_caption" in tabled.splitlines()[0]
+    for name in ("c.png", "t.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"

@@ -1,17 +1,15 @@
 """A study as a markdown table: one line for each configuration, its seeds pooled.
 
-    python results/table.py runs/moe --by moe,experts,top_k --against moe=none
-    python results/table.py runs/shares --by fusion --plot caption_share --out shares.png
+    python -m tools.table runs/moe --by moe,experts,top_k --against moe=none
+    python -m tools.table runs/shares --by fusion --plot caption_share --out shares.png
 
-Reads OUT/results.jsonl of train.py, or any file of such rows, as results/score.py writes. ± is the
+Reads OUT/results.jsonl of train.py, or any file of such rows, as tools.score writes. ± is the
 standard deviation over seeds. The last column is the difference to another line with its 95 %
-t-interval: over pairs of one seed, as the noise they share (the same data in the same order)
-cancels; where no seed is shared, Welch's interval.
+t-interval. It is of pairs with one seed, because the noise that they share (the same data in the
+same order) cancels; where no seed is shared, it is Welch's.
 """
-
 import json
 import re
-import sys
 from contextlib import suppress
 from difflib import get_close_matches
 from itertools import chain, groupby
@@ -20,19 +18,14 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import Parser, need
+from data import DataConfig, check
+from tools import need
+from train import Parser
+from world import KINDS
 
 MEASURED = re.compile(r"(loss|floor|accuracy|cider|peak|wall|tok_per)\w*|N(_\w+)?|C|D_vision"
                       r"|padding|\w+_share|n_scored|run|seed|device|world_size|torch|git|status")
-SHARES = ("caption_share", "interleaved_share", "text_share")  # of the mixture, per cent
-
-
-def lines_of(path):
-    """The rows of one file."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # half a line: a run is just ending
-            yield json.loads(line)
+SHARES = tuple(f"{kind}_share" for kind in KINDS)  # of the mixture, per cent
 
 
 def read(paths):
@@ -40,14 +33,16 @@ def read(paths):
     rows = {}
     for path in map(Path, paths):
         path = path / "results.jsonl" if path.is_dir() else path
-        if not path.is_file():
-            raise SystemExit(f"{path} does not exist: name folders that train.py wrote (its --out)")
-        for row in lines_of(path):
-            rows[path, row.get("run"), row.get("scored")] = row
-    if not rows:
-        raise SystemExit(f"{', '.join(paths)}: no run has ended yet")
+        check(path.is_file(), f"{path} does not exist: name folders that train.py wrote to (--out)")
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # a partial last line: a run is just ending
+                row = json.loads(line)
+                rows[path, row.get("run"), row.get("scored")] = row
+    check(rows, f"{', '.join(paths)}: no run has ended yet")
     for row in rows.values():
-        row |= zip(SHARES, map(int, re.findall(r"\d+", row.get("mixture", ""))))
+        if "mixture" in row:
+            shares = DataConfig(mixture=row["mixture"]).shares
+            row |= {f"{kind}_share": shares.get(kind, 0) for kind in KINDS}
         row["experts"] = row.get("n_experts")  # as the flag is called
         if "steps" in row:  # the D of a diverged run is where it ended
             row["D"] = row["steps"] * row["tokens_per_step"]
@@ -55,8 +50,9 @@ def read(paths):
 
 
 def varying(rows, given=()):
-    """Adds the fields that tell the rows apart. One that those before it determine, as the width
-    does the learning rate, would add a column but no line, and is left out."""
+    """The given fields and all others that tell the rows apart. A field that those before it
+    determine, as the width does the learning rate, is left out: it would add a column but no line.
+    """
     fields = list(given)
     for field in dict.fromkeys(chain(*rows)):
         lines, more = (len({tuple(row.get(f) for f in some) for row in rows})
@@ -90,13 +86,23 @@ def mean_sd(values):
     return np.mean(values), np.std(values, ddof=min(len(values) - 1, 1))
 
 
+def pooled(values):
+    """Numbers, one a seed -> a cell of the table."""
+    if len(values) > 1:
+        return "{:.4f} ± {:.4f}".format(*mean_sd(values))
+    return f"{values[0]:.4f}" if values else "—"
+
+
 def difference(these, those):
     """{seed: loss} of a line and of its reference -> what the last column says."""
     shared = sorted(these.keys() & those.keys())
-    shared = shared if len(shared) > 1 or len(these) == len(those) == 1 else []
+    if len(shared) == 1 and len(these) + len(those) > 2:
+        shared = []  # a single pair would stand beside means of other runs
     a, b = ([losses[seed] for seed in shared or losses] for losses in (these, those))
+    if len(a) == len(b) == 1:
+        return f"{a[0] - b[0]:+.4f} [—]"
     if min(len(a), len(b)) < 2:
-        return f"{a[0] - b[0]:+.4f} [—]" if len(a) == len(b) == 1 else "—"
+        return "—"
     test = stats.ttest_rel(a, b) if shared else stats.ttest_ind(a, b, equal_var=False)
     low, high = test.confidence_interval(0.95)
     welch = "" if shared else " Welch"
@@ -105,22 +111,22 @@ def difference(these, those):
 
 def table(groups, fields, metrics, against):
     """Rows of cells. Each line is compared with the one of the lines `against` most like it."""
-    shown = [field for field in fields if field != "D"]  # it has its place
-    sizes = ["N", *(["N_vision"] if any(row.get("N_vision") for seeds in groups.values()
-                                        for row in seeds.values()) else []), "D"]
+    rows = [row for seeds in groups.values() for row in seeds.values()]
+    sizes = ["N", "N_vision", "D"] if any(row.get("N_vision") for row in rows) else ["N", "D"]
+    shown = [field for field in fields if field != "D"]  # D is among the sizes
     yield [*shown, "n", *sizes, *metrics, "tokens/s", f"Δ {metrics[0]}"]
     for key, seeds in groups.items():
-        row, values = next(iter(seeds.values())), [measured(seeds, m) for m in metrics]
+        row, losses = next(iter(seeds.values())), measured(seeds, metrics[0])
         bad = sum(row.get("status", "ok") != "ok" for row in seeds.values())
-        other = max(against, key=lambda k: sum(a == b for a, b in zip(k, key)))
+        speed = np.mean([row.get("tok_per_s") or 0 for row in seeds.values()])
+        like = max(against, key=lambda other: sum(a == b for a, b in zip(other, key)))
         yield [*(str(row.get(field, "—")) for field in shown),
                f"{len(seeds) - bad}" + (f" (+ {bad} diverged)" if bad else ""),
                *(f"{row.get(size, 0):,}" for size in sizes),
-               *("{:.4f} ± {:.4f}".format(*mean_sd([*v.values()])) if len(v) > 1 else
-                 "{:.4f}".format(*v.values()) if v else "—" for v in values),
-               f"{np.mean([row.get('tok_per_s') or 0 for row in seeds.values()]):,.0f}",
-               "reference" if other == key else
-               difference(values[0], measured(groups[other], metrics[0]))]
+               *(pooled([*measured(seeds, metric).values()]) for metric in metrics),
+               f"{speed:,.0f}",
+               "reference" if like == key else
+               difference(losses, measured(groups[like], metrics[0]))]
 
 
 def plot(groups, fields, metrics, out):
@@ -142,8 +148,8 @@ def plot(groups, fields, metrics, out):
     print(f"wrote {out}")
 
 
-def main(argv=None):
-    parser = Parser(prog="table.py", description=__doc__.splitlines()[0])
+def parse(argv):
+    parser = Parser(prog="python -m tools.table", description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="+", help="folders with a results.jsonl, or such files")
     parser.add_argument("--by", help="fields that tell lines apart (default: all that vary)")
     parser.add_argument("--where", action="append", metavar="FIELD=VALUE", help="only such rows")
@@ -151,29 +157,32 @@ def main(argv=None):
     parser.add_argument("--metric", help="default: loss, loss_*, accuracy*, cider*")
     parser.add_argument("--plot", metavar="FIELD", help="draw the metrics against this number")
     parser.add_argument("--out", default="table.png", help="file of the plot")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     rows = read(args.paths)
-    for field, value in (rule.split("=", 1) for rule in args.where or ()):
+    for field, _, value in (rule.partition("=") for rule in args.where or ()):
         rows = [row for row in rows if str(row.get(field)) == value]
-        if not rows:
-            raise SystemExit(f"--where {field}={value}: no row has that")
+        check(rows, f"--where {field}={value}: no row has that")
     known = sorted(dict.fromkeys(chain(*rows)), key="loss".__ne__)  # loss first
     by, across, metrics, against = (text.split(",") if text else [] for text in (
         args.by, args.plot, args.metric, args.against))
     metrics = metrics or [name for name in known if re.match("loss|accuracy|cider", name)]
     for name in chain(by, across, metrics):
-        if name not in known:
-            near = get_close_matches(name, known, 1, 0.0)[0]
-            raise SystemExit(f"no row has the field {name!r}; did you mean {near}? There are "
-                             f"{', '.join(known)}")
-    fields = [field for field in by or varying(rows, across) if field not in across
-              and not (field == "mixture" and {*across} & {*SHARES})] + across
+        near = get_close_matches(name, known, 1, 0.0)[0]
+        check(name in known, f"no row has the field {name!r}; did you mean {near}? There are "
+              f"{', '.join(known)}")
+    fields = [field for field in by or varying(rows, across) if field not in across]
+    if args.plot in SHARES:  # the mixtures differ in it
+        fields = [field for field in fields if field != "mixture"]
+    fields += across
     groups = group(rows, fields)
-    if across and not all(isinstance(key[-1], (int, float)) for key in groups):
-        raise SystemExit(f"--plot {args.plot}: not a number in every row")
+    check(not across or all(isinstance(key[-1], (int, float)) for key in groups),
+          f"--plot {args.plot}: not a number in every row")
     lines = [key for key in groups if {*against} <= {f"{f}={v}" for f, v in zip(fields, key)}]
-    if not lines:
-        raise SystemExit(f"--against {args.against}: no line has that among {', '.join(fields)}")
+    check(lines, f"--against {args.against}: no line has that among {', '.join(fields)}")
     for i, cells in enumerate(table(groups, fields, metrics, lines if against else lines[:1])):
         print("|", " | ".join(cells), "|" + f"\n{'| --- ' * len(cells)}|" * (i == 0))
     if diverged := [row["run"] for row in rows if row.get("status", "ok") != "ok"]:
