@@ -12,6 +12,7 @@ import torch
 
 from model import Attention, attention_mask, block_mask, rope_table
 from moe import grouped_experts, grouped_mm_is_fast, looped_experts
+from train import Parser
 
 LIMIT = 0.02  # of the norm. Rounding to bf16 makes 0.005 to 0.01, a wrong mask more than 0.5.
 
@@ -65,7 +66,8 @@ def check_experts(device):
     return distance(outputs(grouped_experts, leaves, load), plain)
 
 
-def main():
+def main(argv=None):
+    Parser(prog="python -m tools.check", description=__doc__.split("Dimensions")[0]).parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"torch {torch.__version__}, "
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
