@@ -14,8 +14,7 @@ import random
 import re
 import signal
 from dataclasses import dataclass
-from functools import partial
-from itertools import repeat
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -105,11 +104,14 @@ def read_ranks(path):
 class Document:
     """tokens int32 (L,): ids, IMAGE where an image stands, READ - id for an id that is no target.
     images: uint8 (S, S, 3) each, in order. nll float32 (L + 1,): the generator's own surprise in
-    nats at each token and at the document's end; None where nobody knows it (real data)."""
+    nats at each token and at the document's end; 0 where nobody knows it (real data). ends: whether
+    its start and its end are here. A piece of a long document has no end-of-text where it was cut.
+    There its first token is only read, because the piece before it has predicted it."""
 
     tokens: np.ndarray
     images: list
-    nll: np.ndarray | None = None
+    nll: np.ndarray | float = 0.0
+    ends: tuple = (True, True)
 
 
 def encode(parts, encoding, costs=None):
@@ -117,18 +119,17 @@ def encode(parts, encoding, costs=None):
 
     parts: texts, some of them a Question or an Answer, and uint8 (h, w, 3) images. costs: the nats
     of each part and of the document's end; the first token of a part bears all of them."""
-    tokens, images, nll = [], [], []
-    for part, cost in zip(parts, costs or repeat(0.0)):
+    tokens, images, starts = [], [], []
+    for part in parts:
+        starts.append(len(tokens))
         if isinstance(part, str):
-            ids = encode_text(part, encoding)
+            tokens += encode_text(part, encoding)
         else:
-            ids = [IMAGE]
+            tokens.append(IMAGE)
             images.append(part)
-        tokens += ids
-        nll += [cost] + [0.0] * (len(ids) - 1)
     if tokens and tokens[-1] == encoding.eot_token:  # `expand` adds the last end-of-text
         tokens.pop()
-    nll = np.array([*nll[:len(tokens)], costs[-1]], np.float32) if costs else None
+    nll = np.bincount([*starts, len(tokens)], costs).astype(np.float32) if costs else 0.0
     return Document(np.array(tokens, np.int32), images, nll)
 
 
@@ -157,8 +158,9 @@ def expand(document, eot, n_patches):
     """A document as positions, each (L',): ids, patch (number within the document or -1), target
     (-1 = none) and nll of the target. One end-of-text goes before it, so that its first token has
     something to be predicted from; end-of-text is also what its last token predicts."""
-    framed = np.full(len(document.tokens) + 2, eot, np.int64)
-    framed[1:-1] = document.tokens
+    before, after = document.ends
+    framed = np.full(before + len(document.tokens) + after, eot)
+    framed[before:len(framed) - after] = document.tokens
     ids, following = framed[:-1], framed[1:]
     is_image = ids == IMAGE
     ids = ids_of(ids) * ~is_image
@@ -169,8 +171,7 @@ def expand(document, eot, n_patches):
     target = np.full(len(patch), -1)
     target[last] = np.maximum(following, -1)  # an image (-1) and a token only read are no targets
     nll = np.zeros(len(patch), np.float32)
-    if document.nll is not None:
-        nll[last] = document.nll
+    nll[last] = document.nll
     return ids.repeat(size), patch, target, nll
 
 
@@ -184,28 +185,25 @@ class Row:
         self.patch, self.target = np.full(context, -1), np.full(context, -1)
         self.nll, self.images = np.zeros(context, np.float32), []
 
-    def add(self, document, start=0, stop=None, whole=False):
-        """Places positions start..stop of an expanded document, as many as fit, and never a part of
-        an image. With `whole` it places all or nothing. Returns the number of positions placed."""
+    def add(self, document, whole=False):
+        """Places as many positions of a document as fit, but never a part of an image. With `whole`
+        it places all or nothing. Returns whether it placed any."""
         ids, patch, target, nll = expand(document, self.eot, self.n_patches)
-        stop = min(len(ids) if stop is None else stop, start + self.context - self.used)
-        if whole and stop < len(ids):
-            return 0
-        while stop > start and patch[stop - 1] >= 0 and (patch[stop - 1] + 1) % self.n_patches:
-            stop -= 1  # the image does not fit: stop before it
-        if not (target[start:stop] >= 0).any():
-            return 0
-        a, b, piece = self.used, self.used + stop - start, slice(start, stop)
-        self.tokens[a:b], self.target[a:b], self.nll[a:b] = ids[piece], target[piece], nll[piece]
-        first = (patch[:start].max(initial=-1) + 1) // self.n_patches  # images before this piece
-        last = (patch[:stop].max(initial=-1) + 1) // self.n_patches  # and up to its end
-        shift = (len(self.images) - first) * self.n_patches
-        self.patch[a:b] = np.where(patch[piece] >= 0, patch[piece] + shift, -1)
-        self.images += document.images[first:last]
+        n = min(len(ids), self.context - self.used)
+        if whole and n < len(ids):
+            return False
+        n -= int(patch[n - 1] + 1) % self.n_patches  # stop before an image that does not fit
+        if not (target[:n] >= 0).any():
+            return False
+        piece = slice(self.used, self.used + n)
+        self.tokens[piece], self.target[piece] = ids[:n], target[:n]
+        shift = len(self.images) * self.n_patches
+        self.patch[piece] = np.where(patch[:n] >= 0, patch[:n] + shift, -1)
+        self.images += document.images[:(patch[:n].max() + 1) // self.n_patches]
         self.n_docs += 1
-        self.doc[a:b] = self.n_docs
-        self.used = b
-        return b - a
+        self.doc[piece], self.nll[piece] = self.n_docs, nll[:n]
+        self.used += n
+        return True
 
 
 def patchify(image, patch_size):
@@ -254,7 +252,7 @@ class Procedural:
     validated_as = {"conversation": QUESTIONS}  # a loss for each kind of question
 
     def __init__(self, cfg, seed, context, image_size, n_patches):
-        self.seed, self.val_rows, self.val = seed, cfg.val_rows, {}
+        self.cfg, self.seed = cfg, seed
         self.world, self.encoding = World(image_size), get_tokenizer()
         self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
 
@@ -272,26 +270,24 @@ class Procedural:
         return row
 
     def n_val(self, kind):
-        return self.val_rows
+        return self.cfg.val_rows
 
     def val_row(self, kind, n):
-        if kind not in self.val:
-            self.val[kind] = self.make_val_rows(kind)
-        return self.val[kind][n]
+        return self.val_rows(kind)[n]
 
-    def make_val_rows(self, kind):
+    @lru_cache(maxsize=16)
+    def val_rows(self, kind):
         """Always the same documents, each whole, so that the floor is exact. One that does not fit
         opens the next row, because otherwise short documents would be favoured; only one that fits
         no row at all is left out (below a context of 256 there are some)."""
-        rng, rows, tries = random.Random(f"val/{kind}"), [], 0
-        while len(rows) <= self.val_rows:
+        rng, rows, tries = random.Random(f"val/{kind}"), [self.new_row()], 0
+        while len(rows) <= self.cfg.val_rows:
             document, tries = self.document(kind, rng, "val"), tries + 1
-            if rows and rows[-1].add(document, whole=True):
-                continue
             row = self.new_row()
-            rows += [row] if row.add(document, whole=True) else []
-            check(rows or tries <= 100, f"--context {row.context}: no {kind} document of the "
-                  "procedural world fits; 256 holds them all")
+            if not rows[-1].add(document, whole=True) and row.add(document, whole=True):
+                rows.append(row)
+            check(rows[0].used or tries <= 100, f"--context {row.context}: no {kind} document of "
+                  "the procedural world fits; 256 holds them all")
         return rows[:-1]  # the last one is not full
 
 
@@ -306,7 +302,6 @@ class Packed:
         self.shards = {split: Shards(cfg.data, split) for split in ("train", "val")}
         self.encoding = self.shards["train"].encoding
         self.tokenizer = self.shards["train"].meta["tokenizer"]
-        self.plans, self.orders = {}, {}
 
     def kinds(self, split):
         return self.shards[split].kinds
@@ -316,6 +311,12 @@ class Packed:
         rng = np.random.default_rng((self.seed, 2, KINDS.index(kind), n))
         return self.fill(kind, "train", self.order(kind, epoch)[place], rng=rng,
                          augment=self.cfg.augment, flip=self.cfg.flip)
+
+    @lru_cache(maxsize=16)
+    def order(self, kind, epoch):
+        """The order of a kind's rows in one epoch."""
+        rng = np.random.default_rng((self.seed, 3, KINDS.index(kind), epoch))
+        return rng.permutation(self.plan(kind, "train").n_rows)
 
     def n_val(self, kind):
         return min(self.cfg.val_rows, self.plan(kind, "val").n_rows)
@@ -328,33 +329,25 @@ class Packed:
     def fill(self, kind, split, place, **crops):
         """Row `place` of a plan."""
         row = Row(self.context, self.n_patches, self.encoding.eot_token)
-        for i, start, stop, first, last in self.plan(kind, split).row(place):
-            document = self.shards[split].document(kind, i, self.image_size, first, last, **crops)
-            row.add(*part_of(document, start, stop, first, last, self.n_patches))
+        for i, start, stop in self.plan(kind, split).row(place):
+            shards = self.shards[split]
+            row.add(shards.document(kind, i, self.image_size, start, stop, **crops))
         return row
 
+    @lru_cache(maxsize=16)
     def plan(self, kind, split):
-        if (kind, split) not in self.plans:
-            check(kind in self.kinds(split),
-                  f"{self.cfg.data} has no {kind} documents in its split {split}")
-            shards = self.shards[split]
-            self.plans[kind, split] = Plan(shards, kind, self.context, self.n_patches)
-        return self.plans[kind, split]
-
-    def order(self, kind, epoch):
-        """The order of a kind's rows in one epoch. Only the last one asked for is kept."""
-        if self.orders.get(kind, (None,))[0] != epoch:
-            rng = np.random.default_rng((self.seed, 3, KINDS.index(kind), epoch))
-            self.orders[kind] = epoch, rng.permutation(self.plan(kind, "train").n_rows)
-        return self.orders[kind][1]
+        check(kind in self.kinds(split),
+              f"{self.cfg.data} has no {kind} documents in its split {split}")
+        return Plan(self.shards[split], kind, self.context, self.n_patches)
 
 
 class Plan:
     """Which documents share a row: next-fit in the order of the files, made once for each kind.
 
     Documents longer than a row are cut into pieces, never through an image, and what is cut off
-    goes on in another row. pieces int32 (n, 5): document, its positions from .. to, its images
-    from .. to."""
+    goes on in another row. pieces int32 (n, 4): document, its tokens from .. to, and how many
+    positions they take. Token 0 is the end-of-text before the document. The last token of a piece
+    takes no position there, because it is only predicted; the next piece starts with it."""
 
     def __init__(self, shards, kind, context, n_patches):
         text, images = shards.sizes(kind).T
@@ -365,40 +358,35 @@ class Plan:
         n = np.where(hard, 0, -(-lengths // context))  # pieces of all others, without a loop
         doc = np.repeat(np.arange(len(n)), n)
         start = (np.arange(len(doc)) - np.repeat(np.cumsum(n) - n, n)) * context
-        stop = np.minimum(start + context, lengths[doc])
-        easy = np.stack([doc, start, stop, np.zeros_like(doc), images[doc]], 1)  # (n, 5)
-        pieces = np.concatenate([easy, np.array(cut, np.int64).reshape(-1, 5)]).astype(np.int32)
+        size = np.minimum(lengths[doc] - start, context)
+        stop = start + size - images[doc] * (n_patches - 1) + 1
+        easy = np.stack([doc, start, stop, size], 1)                        # (n, 4)
+        cut = np.array(cut, np.int64).reshape(-1, 4)
+        pieces = np.concatenate([easy, cut]).astype(np.int32)
         self.pieces = pieces[np.lexsort((pieces[:, 1], pieces[:, 0]))]
-        sizes = self.pieces[:, 2] - self.pieces[:, 1]
-        ends, first = np.cumsum(sizes), [0]
-        following = np.searchsorted(ends, ends - sizes + context, side="right")
-        while first[-1] < len(ends):  # the row that starts at this piece holds all that fit
-            first.append(int(following[first[-1]]))
-        self.first, self.n_rows = np.array(first), len(first) - 1
+        self.first = next_fit(self.pieces[:, 3], context)
+        self.n_rows = len(self.first) - 1
 
     def row(self, n):
-        return self.pieces[self.first[n]:self.first[n + 1]].tolist()
+        """[(document, its tokens from, to)] of row n."""
+        return self.pieces[self.first[n]:self.first[n + 1], :3].tolist()
+
+
+def next_fit(sizes, context):
+    """Things of these sizes fill one bin of `context` after the other -> int array, the first thing
+    of each bin, and last the number of things."""
+    ends, first = np.cumsum(sizes), [0]
+    following = np.searchsorted(ends, ends - sizes + context, side="right")
+    while first[-1] < len(ends):
+        first.append(int(following[first[-1]]))
+    return np.array(first)
 
 
 def cut_document(tokens, context, n_patches):
-    """The pieces of one document: positions from .. to, at most `context`, images from .. to."""
-    images = np.flatnonzero(tokens == IMAGE)
-    starts = 1 + images + np.arange(len(images)) * (n_patches - 1)  # position of each first patch
-    length, start = 1 + len(tokens) + len(images) * (n_patches - 1), 0
-    while start < length:
-        stop = min(start + context, length)
-        inside = starts[(starts < stop) & (stop < starts + n_patches)]
-        stop = int(inside[0]) if len(inside) else stop
-        yield start, stop, *np.searchsorted(starts, (start, stop)).tolist()
-        start = stop
-
-
-def part_of(document, start, stop, first, last, n_patches):
-    """One piece of a plan as arguments of Row.add: what it needs of the document, and its positions
-    there. Otherwise every row of a book would expand the whole book."""
-    a, b = (at - images * (n_patches - 1) for at, images in ((start, first), (stop, last)))
-    tokens = document.tokens[max(a - 1, 0):b]  # up to what the last position predicts
-    return Document(tokens, document.images[first:last]), min(a, 1), min(a, 1) + stop - start
+    """The pieces of one document: tokens from .. to, and how many positions they take."""
+    sizes = np.array([1, *np.where(tokens == IMAGE, n_patches, 1)])
+    first = next_fit(sizes, context)
+    return zip(first[:-1], first[1:] + 1, np.add.reduceat(sizes, first[:-1]))
 
 
 # ---- A packed folder: memory-mapped shards -------------------------------------------------------
@@ -435,13 +423,12 @@ class Shards:
         self.kinds = tuple(kind for kind in KINDS if kind in kinds)
         self.files, self.docs, self.maps = {}, {}, {}
         for kind in self.kinds:
-            folders = [root / kind / shard["name"] for shard in kinds[kind]["shards"]]
-            counts = [shard["docs"] for shard in kinds[kind]["shards"]]
-            tables = [self.read(folder / f"{split}.docs", np.int64, 0, 3 * n)
-                      for folder, n in zip(folders, counts)]
-            table = np.concatenate(tables).reshape(-1, 3)                   # (n_docs, 3)
-            number = np.repeat(np.arange(len(folders)), counts)[:, None]    # (n_docs, 1)
-            self.docs[kind] = np.hstack([number, table])                    # (n_docs, 4)
+            shards, tables = kinds[kind]["shards"], []
+            folders = [root / kind / shard["name"] for shard in shards]
+            for number, (folder, shard) in enumerate(zip(folders, shards)):
+                table = self.read(folder / f"{split}.docs", np.int64, 0, 3 * shard["docs"])
+                tables.append(np.insert(table.reshape(-1, 3), 0, number, axis=1))
+            self.docs[kind] = np.concatenate(tables)                        # (n_docs, 4)
             self.files[kind] = [folder / "data" for folder in folders]
 
     def __getstate__(self):
@@ -478,25 +465,27 @@ class Shards:
         start += sizes.nbytes + 3 * int(sizes[:j].prod(axis=1).sum())
         return self.read(path, np.uint8, start, 3 * sizes[j].prod()).reshape(*sizes[j], 3)
 
-    def document(self, kind, i, image_size, first=0, last=None, rng=None, augment=False,
+    def document(self, kind, i, image_size, start=0, stop=None, rng=None, augment=False,
                  flip=False):
-        """Document i, its images uint8 (S, S, 3). Images outside [first, last) are None: nothing is
-        read for them, and the others keep their numbers.
+        """Document i, or its piece from token `start` to `stop` (see Plan), with images uint8
+        (S, S, 3). Only what the piece needs is read, because a book fills many rows.
 
         Plain: the centre square. augment: RandomResizedCrop, scale 0.4-1, ratio 3/4-4/3 (paper
         4.2). flip: mirror with p = 0.5, unless the text speaks of left or right. Both draw from
         `rng`, a numpy Generator, and from nothing else."""
-        tokens = self.tokens(kind, i)
-        images = [None] * int((tokens == IMAGE).sum())
-        if flip and images[first:last]:
-            text = self.encoding.decode(ids_of(tokens)[tokens != IMAGE].tolist())
+        tokens, images = self.tokens(kind, i), []
+        end = len(tokens) + 2  # with an end-of-text on both sides
+        stop, skipped = stop or end, max(start - 1, 0)
+        is_image = tokens == IMAGE
+        numbers = range(is_image[:skipped].sum(), is_image[:stop - 2].sum())
+        if flip and numbers:
+            text = self.encoding.decode(ids_of(tokens)[~is_image].tolist())
             flip = not re.search(r"\b(left|right)", text, re.IGNORECASE)
-        for j in range(len(images))[first:last]:
-            pixels = self.image(kind, i, j)
-            image = square(pixels, image_size, rng if augment else None)            # (S, S, 3)
+        for j in numbers:
+            image = square(self.image(kind, i, j), image_size, rng if augment else None)
             mirror = flip and rng.random() < 0.5
-            images[j] = np.ascontiguousarray(image[:, ::-1]) if mirror else image
-        return Document(tokens, images)
+            images.append(np.ascontiguousarray(image[:, ::-1]) if mirror else image)
+        return Document(tokens[skipped:stop - 1], images, ends=(start == 0, stop == end))
 
 
 def square(pixels, size, rng=None):
@@ -542,23 +531,16 @@ class Loader:
 
     def __init__(self, cfg, seed, context, image_size, patch_size):
         self.cfg, self.seed, self.patch_size = cfg, seed, patch_size
-        self.shares, self.block = cfg.shares, (None, None)
         source = Procedural if cfg.data == "procedural" else Packed
         n_patches = (image_size // patch_size) ** 2
         self.source = source(cfg, seed, context, image_size, n_patches)
-        self.encoding = self.source.encoding
-        self.check_mixture()
-
-    def check_mixture(self):
+        self.shares, self.encoding = cfg.shares, self.source.encoding
         there = self.source.kinds("train")
-        missing = [kind for kind in self.shares if kind not in there]
-        example = "-".join("100" if kind == there[0] else "0" for kind in KINDS)
-        check(not missing, f"--mixture {self.cfg.mixture}: {self.cfg.data} has no "
-              f"{''.join(missing[:1])} documents, only {', '.join(there)}; give what is missing 0, "
-              f"as in {example}")
-        check(self.val_kinds(), f"{self.cfg.data} has no {' or '.join(self.wanted_kinds())} "
-              "documents in its split val: pack some with --split val, or with a larger "
-              "--val-fraction")
+        for kind in self.shares:
+            check(kind in there, f"--mixture {cfg.mixture}: {cfg.data} has no {kind} documents, "
+                  f"only {', '.join(there)}; give what is missing 0")
+        check(self.val_kinds(), f"{cfg.data} has no {' or '.join(self.wanted_kinds())} documents "
+              "in its split val: pack some with --split val, or with a larger --val-fraction")
 
     def wanted_kinds(self):
         """The kinds to validate on: the paper's three whatever the mixture, with others that it
@@ -572,15 +554,19 @@ class Loader:
         return [name for kind in kinds for name in self.source.validated_as.get(kind, [kind])]
 
     def kind_of(self, g):
-        """(kind, how many rows of that kind came before row g). Every 100 rows hold the mixture's
-        percentages exactly, in an order shuffled by the seed: no sampling noise in the shares."""
+        """(kind, how many rows of that kind came before row g)."""
         block, place = divmod(g, 100)
-        if self.block[0] != block:  # only the last one asked for is kept
-            order = np.random.default_rng((self.seed, 1, block)).permutation(100)
-            self.block = block, np.repeat(range(len(self.shares)), [*self.shares.values()])[order]
-        kinds = self.block[1]                                                       # (100,)
-        kind = list(self.shares)[kinds[place]]
-        return kind, block * self.shares[kind] + int((kinds[:place] == kinds[place]).sum())
+        kinds = self.kinds_of_block(block)
+        kind = kinds[place]
+        return kind, block * self.shares[kind] + kinds[:place].count(kind)
+
+    @lru_cache(maxsize=16)
+    def kinds_of_block(self, block):
+        """Every 100 rows hold the mixture's percentages exactly, in an order shuffled by the seed:
+        no sampling noise in the shares."""
+        kinds = [kind for kind, share in self.shares.items() for _ in range(share)]
+        order = np.random.default_rng((self.seed, 1, block)).permutation(100)
+        return [kinds[i] for i in order]
 
     def __getitem__(self, g):
         """Training row g. (torch's DataLoader asks for it by this name.)"""
