@@ -69,17 +69,25 @@ class DataConfig:
 
 def get_tokenizer(name="bytes"):
     """-> tiktoken.Encoding of "bytes" (256 bytes and end-of-text; needs no network), of a tiktoken
-    name, or of the path of a .tiktoken file.
+    name, or of the path of a .tiktoken file. (tiktoken's own reader keeps a copy by the path's
+    name, and would not see that a tokenizer was trained again.)
 
     Encode data with `encode_ordinary`, because "<|endoftext|>" inside data is text, not control.
     The end-of-text id is `.eot_token`. SystemExit: unknown name, no network, damaged file."""
+    path = Path(name)
     try:
-        if name != "bytes" and not str(name).endswith(".tiktoken"):
+        if name == "bytes":  # the pattern only cuts into pieces, for speed: nothing is merged
+            ranks, pattern = {bytes([i]): i for i in range(256)}, r"(?s:.{1,64})"
+        elif path.suffix == ".tiktoken":
+            lines = (line.split() for line in path.read_bytes().splitlines() if line.strip())
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            pattern = path.with_suffix(".pat.txt")
+            pattern = pattern.read_text("utf-8").strip("\n") if pattern.is_file() else GPT2
+        else:
             return tiktoken.get_encoding(name)
-        ranks, pattern = read_ranks(Path(name))
         if len({*ranks.values()}) < len(ranks) or any(bytes([i]) not in ranks for i in range(256)):
             raise ValueError("one of the 256 bytes is missing, or a rank is there twice")
-        return tiktoken.Encoding(Path(name).stem, pat_str=pattern, mergeable_ranks=ranks,
+        return tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": max(ranks.values()) + 1})
     except (OSError, ValueError) as error:  # a failed download is an OSError, too
         reason = str(error).partition("\n")[0][:99]
@@ -87,17 +95,6 @@ def get_tokenizer(name="bytes"):
                          ".tiktoken file (lines of base64 token, space, rank), or one of "
                          f"{', '.join(tiktoken.list_encoding_names())} that is in "
                          "TIKTOKEN_CACHE_DIR or can be downloaded") from None
-
-
-def read_ranks(path):
-    """{bytes: id} and the pattern that cuts text before it is merged. (tiktoken's own reader keeps
-    a copy by the path's name, and would not see that a tokenizer was trained again.)"""
-    if path.name == "bytes":  # the pattern only cuts into pieces, for speed: nothing is merged
-        return {bytes([i]): i for i in range(256)}, r"(?s:.{1,64})"
-    lines = (line.split() for line in path.read_bytes().splitlines() if line.strip())
-    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    pattern = path.with_suffix(".pat.txt")
-    return ranks, pattern.read_text("utf-8").strip("\n") if pattern.is_file() else GPT2
 
 
 @dataclass(frozen=True)
@@ -135,9 +132,8 @@ def encode(parts, encoding, costs=None):
 
 def encode_text(text, encoding):
     """A list of ids. Those of a Question are only read; an Answer brings its end-of-text."""
-    short = text
-    if len(text) > 9999:  # a megabyte of white space would overflow tiktoken's stack
-        short = re.sub(r"(?<!\s)(\s{9999})\s+", r"\1", text)
+    long = len(text) > 9999  # a megabyte of white space would overflow tiktoken's stack
+    short = re.sub(r"(?<!\s)(\s{9999})\s+", r"\1", text) if long else text
     ids = encoding.encode_ordinary(short)
     if isinstance(text, Question):
         return [READ - i for i in ids]
@@ -350,14 +346,14 @@ class Plan:
     takes no position there, because it is only predicted; the next piece starts with it."""
 
     def __init__(self, shards, kind, context, n_patches):
-        text, images = shards.sizes(kind).T
-        lengths = 1 + text + images * n_patches  # with the end-of-text before it
+        tokens, images = shards.docs[kind][:, 2:].T
+        lengths = 1 + tokens + images * (n_patches - 1)  # with the end-of-text before it
         hard = (lengths > context) & (images > 0)  # only their tokens say where to cut
         cut = [(i, *piece) for i in np.flatnonzero(hard).tolist()
                for piece in cut_document(shards.tokens(kind, i), context, n_patches)]
         n = np.where(hard, 0, -(-lengths // context))  # pieces of all others, without a loop
         doc = np.repeat(np.arange(len(n)), n)
-        start = (np.arange(len(doc)) - np.repeat(np.cumsum(n) - n, n)) * context
+        start = (np.arange(len(doc)) - np.searchsorted(doc, doc)) * context
         size = np.minimum(lengths[doc] - start, context)
         stop = start + size - images[doc] * (n_patches - 1) + 1
         easy = np.stack([doc, start, stop, size], 1)                        # (n, 4)
@@ -384,7 +380,7 @@ def next_fit(sizes, context):
 
 def cut_document(tokens, context, n_patches):
     """The pieces of one document: tokens from .. to, and how many positions they take."""
-    sizes = np.array([1, *np.where(tokens == IMAGE, n_patches, 1)])
+    sizes = np.append(1, np.where(tokens == IMAGE, n_patches, 1))
     first = next_fit(sizes, context)
     return zip(first[:-1], first[1:] + 1, np.add.reduceat(sizes, first[:-1]))
 
@@ -421,7 +417,7 @@ class Shards:
               f"`python -m tools.pack ... --split {split} --out {root}`")
         kinds, self.encoding = self.meta["splits"][split], get_tokenizer(self.meta["tokenizer"])
         self.kinds = tuple(kind for kind in KINDS if kind in kinds)
-        self.files, self.docs, self.maps = {}, {}, {}
+        self.files, self.docs = {}, {}
         for kind in self.kinds:
             shards, tables = kinds[kind]["shards"], []
             folders = [root / kind / shard["name"] for shard in shards]
@@ -431,26 +427,18 @@ class Shards:
             self.docs[kind] = np.concatenate(tables)                        # (n_docs, 4)
             self.files[kind] = [folder / "data" for folder in folders]
 
-    def __getstate__(self):
-        return {**self.__dict__, "maps": {}}  # a worker process maps the files for itself
-
     def read(self, path, dtype, start, count):
         """`count` numbers of a file from byte `start` on: a view of its memory map."""
-        if path not in self.maps:
-            if len(self.maps) >= 1024:  # systems bound the number of mappings
-                self.maps.clear()
-            size = path.stat().st_size if path.is_file() else 0
-            self.maps[path] = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
         stop = start + count * np.dtype(dtype).itemsize
-        found = self.maps[path][start:stop]
+        found = self.map(path)[start:stop]
         check(len(found) == stop - start, f"{path}, listed in data.json, is missing or cut: delete "
               "its folder and pack again")
         return found.view(dtype)
 
-    def sizes(self, kind):
-        """int64 (n_docs, 2): text tokens and images of every document."""
-        length, images = self.docs[kind][:, 2:].T
-        return np.stack([length - images, images], axis=1)                  # (n_docs, 2)
+    @lru_cache(maxsize=1024)  # systems bound the number of mappings
+    def map(self, path):
+        size = path.stat().st_size if path.is_file() else 0
+        return np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
 
     def tokens(self, kind, i):
         """int32 (L,), IMAGE where an image stands."""
