@@ -349,16 +349,19 @@ class Plan:
         tokens, images = shards.docs[kind][:, 2:].T
         lengths = 1 + tokens + images * (n_patches - 1)  # with the end-of-text before it
         hard = (lengths > context) & (images > 0)  # only their tokens say where to cut
-        cut = [(i, *piece) for i in np.flatnonzero(hard).tolist()
-               for piece in cut_document(shards.tokens(kind, i), context, n_patches)]
         n = np.where(hard, 0, -(-lengths // context))  # pieces of all others, without a loop
         doc = np.repeat(np.arange(len(n)), n)
         start = (np.arange(len(doc)) - np.searchsorted(doc, doc)) * context
         size = np.minimum(lengths[doc] - start, context)
         stop = start + size - images[doc] * (n_patches - 1) + 1
-        easy = np.stack([doc, start, stop, size], 1)                        # (n, 4)
-        cut = np.array(cut, np.int64).reshape(-1, 4)
-        pieces = np.concatenate([easy, cut]).astype(np.int32)
+        pieces = [np.stack([doc, start, stop, size], 1)]
+        for i in np.flatnonzero(hard).tolist():
+            is_image = shards.tokens(kind, i) == IMAGE
+            sizes = np.append(1, np.where(is_image, n_patches, 1))
+            first = next_fit(sizes, context)
+            start, size = first[:-1], np.add.reduceat(sizes, first[:-1])
+            pieces.append(np.stack([np.full_like(start, i), start, first[1:] + 1, size], 1))
+        pieces = np.concatenate(pieces).astype(np.int32)                        # (n, 4)
         self.pieces = pieces[np.lexsort((pieces[:, 1], pieces[:, 0]))]
         self.first = next_fit(self.pieces[:, 3], context)
         self.n_rows = len(self.first) - 1
@@ -376,13 +379,6 @@ def next_fit(sizes, context):
     while first[-1] < len(ends):
         first.append(int(following[first[-1]]))
     return np.array(first)
-
-
-def cut_document(tokens, context, n_patches):
-    """The pieces of one document: tokens from .. to, and how many positions they take."""
-    sizes = np.append(1, np.where(tokens == IMAGE, n_patches, 1))
-    first = next_fit(sizes, context)
-    return zip(first[:-1], first[1:] + 1, np.add.reduceat(sizes, first[:-1]))
 
 
 # ---- A packed folder: memory-mapped shards -------------------------------------------------------
@@ -527,18 +523,17 @@ class Loader:
         for kind in self.shares:
             check(kind in there, f"--mixture {cfg.mixture}: {cfg.data} has no {kind} documents, "
                   f"only {', '.join(there)}; give what is missing 0")
-        check(self.val_kinds(), f"{cfg.data} has no {' or '.join(self.wanted_kinds())} documents "
-              "in its split val: pack some with --split val, or with a larger --val-fraction")
-
-    def wanted_kinds(self):
-        """The kinds to validate on: the paper's three whatever the mixture, with others that it
-        has; but of a mixture for finetuning, only the kinds it finetunes on."""
-        finetuned = [kind for kind in self.shares if kind in FINETUNING]
-        return finetuned or [k for k in KINDS if k in PRETRAINING or k in self.shares]
+        self.val_kinds()  # ends the program if there are none
 
     def val_kinds(self):
-        """The names under which losses are reported. `loss` is their mean."""
-        kinds = [kind for kind in self.wanted_kinds() if kind in self.source.kinds("val")]
+        """The names under which losses are reported (`loss` is their mean): the paper's three kinds
+        whatever the mixture, with others that it has; but of a mixture for finetuning, only the
+        kinds it finetunes on."""
+        finetuned = [kind for kind in self.shares if kind in FINETUNING]
+        wanted = finetuned or [k for k in KINDS if k in PRETRAINING or k in self.shares]
+        kinds = [kind for kind in wanted if kind in self.source.kinds("val")]
+        check(kinds, f"{self.cfg.data} has no {' or '.join(wanted)} documents in its split val: "
+              "pack some with --split val, or with a larger --val-fraction")
         return [name for kind in kinds for name in self.source.validated_as.get(kind, [kind])]
 
     def kind_of(self, g):
@@ -562,19 +557,16 @@ class Loader:
 
     def train_batches(self, first_step, last_step, rows_per_step, micro_rows, rank=0, ranks=1,
                       pin=False):
-        """Iterator over the micro-batches of steps first_step .. last_step - 1 for this rank."""
-        def row_numbers():
-            for step in range(first_step, last_step):
-                first, end = step * rows_per_step + rank * micro_rows, (step + 1) * rows_per_step
-                for n in range(first, end, ranks * micro_rows):
-                    yield range(n, n + micro_rows)
-
+        """Iterator over the micro-batches of steps first_step .. last_step - 1 for this rank.
+        ranks * micro_rows divides rows_per_step."""
+        starts = range(first_step * rows_per_step + rank * micro_rows, last_step * rows_per_step,
+                       ranks * micro_rows)
         # spawn, not fork, because the threads of torch and tiktoken do not survive a fork
         workers = dict(num_workers=self.cfg.workers, prefetch_factor=4, worker_init_fn=ignore_signals,
                        multiprocessing_context="spawn") if self.cfg.workers else {}
         return iter(torch.utils.data.DataLoader(
-            self, batch_sampler=row_numbers(), pin_memory=pin, **workers,
-            collate_fn=partial(collate, patch_size=self.patch_size)))
+            self, batch_sampler=(range(n, n + micro_rows) for n in starts), pin_memory=pin,
+            **workers, collate_fn=partial(collate, patch_size=self.patch_size)))
 
     def val_batches(self, kind, micro_rows, rank=0, ranks=1):
         """This rank's share of the fixed validation rows of one kind."""

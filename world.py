@@ -162,13 +162,6 @@ class World:
             if belongs(sorted(scene.items()), split):
                 return scene
 
-    def scene_of_different_things(self, rng, split, least):
-        """At least so many, no two of them the same: "the" would be unclear."""
-        scene = {}
-        while len({thing for thing, _ in scene.values()}) < max(least, len(scene)):
-            scene = self.scene(rng, split)
-        return scene
-
     def draw(self, scene, rng):
         """uint8 (S, S, 3)."""
         canvas, c = self.backgrounds[rng.randrange(64)].copy(), self.cell
@@ -258,7 +251,9 @@ class World:
             w.say(part)
 
     def colour(self, w, split):
-        scene = self.scene_of_different_things(w.rng, split, 1)
+        scene = {}
+        while len({thing for thing, _ in scene.values()}) < max(1, len(scene)):
+            scene = self.scene(w.rng, split)  # two of one thing: "the" would be unclear
         thing, colour = scene[w.rng.choice(sorted(scene))]
         question = f"what colour is the {self.names[thing]}?"
         self.ask(w, [scene], question, list(COLOURS)[colour])
@@ -268,7 +263,9 @@ class World:
         self.ask(w, [scene], "how many things?", COUNTS[len(scene)])
 
     def relation(self, w, split):
-        scene = self.scene_of_different_things(w.rng, split, 2)
+        scene = {}
+        while len({thing for thing, _ in scene.values()}) < max(2, len(scene)):
+            scene = self.scene(w.rng, split)
         here, there = w.rng.sample(sorted(scene), 2)
         down, right = (a - b for a, b in zip(divmod(here, GRID), divmod(there, GRID)))
         vertical = abs(down) > abs(right) or abs(down) == abs(right) and w.rng.random() < 0.5
