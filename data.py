@@ -50,12 +50,12 @@ class DataConfig:
 
     def __post_init__(self):
         parts = self.mixture.split("-")
-        check(3 <= len(parts) <= len(KINDS) and all(part.isdigit() for part in parts)
+        check(3 <= len(parts) <= len(KINDS) and all(map(str.isdigit, parts))
               and sum(map(int, parts)) == 100,
-              f"--mixture {self.mixture}: need whole percentages captions-interleaved-text, as "
-              "45-45-10, or with conversations, as 0-0-0-100, that add up to 100")
-        check(self.val_rows >= 1 and self.workers >= 0, f"--val-rows {self.val_rows} --workers "
-              f"{self.workers}: need at least 1 and 0")
+              f"--mixture {self.mixture}: need whole percentages that add up to 100, "
+              f"{'-'.join(KINDS)}, as 45-45-10 or 0-0-0-100")
+        check(self.val_rows >= 1, f"--val-rows {self.val_rows}: need at least 1")
+        check(self.workers >= 0, f"--workers {self.workers}: need at least 0")
 
     @property
     def shares(self):
@@ -65,7 +65,6 @@ class DataConfig:
 
 
 # ---- From parts to a document --------------------------------------------------------------------
-
 
 def get_tokenizer(name="bytes"):
     """-> tiktoken.Encoding of "bytes" (256 bytes and end-of-text; needs no network), of a tiktoken
@@ -143,7 +142,6 @@ def encode_text(text, encoding):
 
 
 # ---- From documents to rows, from rows to batches ------------------------------------------------
-
 
 def ids_of(tokens):
     """The ids of tokens, whether predicted or only read. IMAGE stays."""
@@ -325,9 +323,9 @@ class Packed:
     def fill(self, kind, split, place, **crops):
         """Row `place` of a plan."""
         row = Row(self.context, self.n_patches, self.encoding.eot_token)
+        shards, size = self.shards[split], self.image_size
         for i, start, stop in self.plan(kind, split).row(place):
-            shards = self.shards[split]
-            row.add(shards.document(kind, i, self.image_size, start, stop, **crops))
+            row.add(shards.document(kind, i, size, start, stop, **crops))
         return row
 
     @lru_cache(maxsize=16)
@@ -415,13 +413,13 @@ class Shards:
         self.kinds = tuple(kind for kind in KINDS if kind in kinds)
         self.files, self.docs = {}, {}
         for kind in self.kinds:
-            shards, tables = kinds[kind]["shards"], []
-            folders = [root / kind / shard["name"] for shard in shards]
-            for number, (folder, shard) in enumerate(zip(folders, shards)):
+            tables, self.files[kind] = [], []
+            for number, shard in enumerate(kinds[kind]["shards"]):
+                folder = root / kind / shard["name"]
                 table = self.read(folder / f"{split}.docs", np.int64, 0, 3 * shard["docs"])
                 tables.append(np.insert(table.reshape(-1, 3), 0, number, axis=1))
+                self.files[kind].append(folder / "data")
             self.docs[kind] = np.concatenate(tables)                        # (n_docs, 4)
-            self.files[kind] = [folder / "data" for folder in folders]
 
     def read(self, path, dtype, start, count):
         """`count` numbers of a file from byte `start` on: a view of its memory map."""
@@ -487,7 +485,7 @@ def crop_box(h, w, rng=None):
     for _ in range(10 if rng else 0):
         area = h * w * rng.uniform(0.4, 1.0)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        box_w, box_h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        box_w, box_h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
         if 0 < box_w <= w and 0 < box_h <= h:
             top, left = int(rng.integers(h - box_h + 1)), int(rng.integers(w - box_w + 1))
             return top, left, box_h, box_w
@@ -503,7 +501,6 @@ def vocab_size(data):
 
 
 # ---- The loader ----------------------------------------------------------------------------------
-
 
 class Loader:
     """Batches as a pure function of (seed, step, rank, number of ranks).
@@ -521,8 +518,8 @@ class Loader:
         self.shares, self.encoding = cfg.shares, self.source.encoding
         there = self.source.kinds("train")
         for kind in self.shares:
-            check(kind in there, f"--mixture {cfg.mixture}: {cfg.data} has no {kind} documents, "
-                  f"only {', '.join(there)}; give what is missing 0")
+            check(kind in there, f"--mixture {cfg.mixture}: {cfg.data} has only "
+                  f"{', '.join(there)}; give {kind} 0")
         self.val_kinds()  # ends the program if there are none
 
     def val_kinds(self):
@@ -561,12 +558,14 @@ class Loader:
         ranks * micro_rows divides rows_per_step."""
         starts = range(first_step * rows_per_step + rank * micro_rows, last_step * rows_per_step,
                        ranks * micro_rows)
+        workers = self.cfg.workers
         # spawn, not fork, because the threads of torch and tiktoken do not survive a fork
-        workers = dict(num_workers=self.cfg.workers, prefetch_factor=4, worker_init_fn=ignore_signals,
-                       multiprocessing_context="spawn") if self.cfg.workers else {}
         return iter(torch.utils.data.DataLoader(
-            self, batch_sampler=(range(n, n + micro_rows) for n in starts), pin_memory=pin,
-            **workers, collate_fn=partial(collate, patch_size=self.patch_size)))
+            self, batch_sampler=(range(n, n + micro_rows) for n in starts),
+            collate_fn=partial(collate, patch_size=self.patch_size), pin_memory=pin,
+            num_workers=workers, worker_init_fn=ignore_signals,
+            prefetch_factor=4 if workers else None,
+            multiprocessing_context="spawn" if workers else None))
 
     def val_batches(self, kind, micro_rows, rank=0, ranks=1):
         """This rank's share of the fixed validation rows of one kind."""

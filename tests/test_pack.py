@@ -527,7 +527,7 @@ def test_shards_count_pickle_and_fetch_in_part(plain):
     i = int(sizes[:, 1].argmax())
     tokens = plain.tokens("interleaved", i)
     assert [len(tokens), (tokens == IMAGE).sum()] == sizes[i].tolist() and sizes[i, 1] >= 3
-    twin, (_, second, third) = pickle.loads(pickle.dumps(plain)), np.flatnonzero(tokens == IMAGE)[:3]
+    twin, (_, second, third, *_) = pickle.loads(pickle.dumps(plain)), np.flatnonzero(tokens < 0)
     whole = plain.document("interleaved", i, 32)
     part = twin.document("interleaved", i, 32, second + 1, third + 3)  # 0 is the end-of-text
     assert part.tokens.tolist() == tokens[second:third + 2].tolist() and len(part.images) == 2
