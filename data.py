@@ -14,8 +14,7 @@ import random
 import re
 import signal
 from dataclasses import dataclass
-from functools import partial
-from itertools import repeat
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +50,12 @@ class DataConfig:
 
     def __post_init__(self):
         parts = self.mixture.split("-")
-        check(3 <= len(parts) <= len(KINDS) and all(part.isdigit() for part in parts)
+        check(3 <= len(parts) <= len(KINDS) and all(map(str.isdigit, parts))
               and sum(map(int, parts)) == 100,
-              f"--mixture {self.mixture}: need whole percentages captions-interleaved-text, as "
-              "45-45-10, or with conversations, as 0-0-0-100, that add up to 100")
-        check(self.val_rows >= 1 and self.workers >= 0, f"--val-rows {self.val_rows} --workers "
-              f"{self.workers}: need at least 1 and 0")
+              f"--mixture {self.mixture}: need whole percentages that add up to 100, "
+              f"{'-'.join(KINDS)}, as 45-45-10 or 0-0-0-100")
+        check(self.val_rows >= 1, f"--val-rows {self.val_rows}: need at least 1")
+        check(self.workers >= 0, f"--workers {self.workers}: need at least 0")
 
     @property
     def shares(self):
@@ -67,20 +66,27 @@ class DataConfig:
 
 # ---- From parts to a document --------------------------------------------------------------------
 
-
 def get_tokenizer(name="bytes"):
     """-> tiktoken.Encoding of "bytes" (256 bytes and end-of-text; needs no network), of a tiktoken
-    name, or of the path of a .tiktoken file.
+    name, or of the path of a .tiktoken file. (tiktoken's own reader keeps a copy by the path's
+    name, and would not see that a tokenizer was trained again.)
 
     Encode data with `encode_ordinary`, because "<|endoftext|>" inside data is text, not control.
     The end-of-text id is `.eot_token`. SystemExit: unknown name, no network, damaged file."""
+    path = Path(name)
     try:
-        if name != "bytes" and not str(name).endswith(".tiktoken"):
+        if name == "bytes":  # the pattern only cuts into pieces, for speed: nothing is merged
+            ranks, pattern = {bytes([i]): i for i in range(256)}, r"(?s:.{1,64})"
+        elif path.suffix == ".tiktoken":
+            lines = (line.split() for line in path.read_bytes().splitlines() if line.strip())
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            pattern = path.with_suffix(".pat.txt")
+            pattern = pattern.read_text("utf-8").strip("\n") if pattern.is_file() else GPT2
+        else:
             return tiktoken.get_encoding(name)
-        ranks, pattern = read_ranks(Path(name))
         if len({*ranks.values()}) < len(ranks) or any(bytes([i]) not in ranks for i in range(256)):
             raise ValueError("one of the 256 bytes is missing, or a rank is there twice")
-        return tiktoken.Encoding(Path(name).stem, pat_str=pattern, mergeable_ranks=ranks,
+        return tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": max(ranks.values()) + 1})
     except (OSError, ValueError) as error:  # a failed download is an OSError, too
         reason = str(error).partition("\n")[0][:99]
@@ -90,26 +96,18 @@ def get_tokenizer(name="bytes"):
                          "TIKTOKEN_CACHE_DIR or can be downloaded") from None
 
 
-def read_ranks(path):
-    """{bytes: id} and the pattern that cuts text before it is merged. (tiktoken's own reader keeps
-    a copy by the path's name, and would not see that a tokenizer was trained again.)"""
-    if path.name == "bytes":  # the pattern only cuts into pieces, for speed: nothing is merged
-        return {bytes([i]): i for i in range(256)}, r"(?s:.{1,64})"
-    lines = (line.split() for line in path.read_bytes().splitlines() if line.strip())
-    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    pattern = path.with_suffix(".pat.txt")
-    return ranks, pattern.read_text("utf-8").strip("\n") if pattern.is_file() else GPT2
-
-
 @dataclass(frozen=True)
 class Document:
     """tokens int32 (L,): ids, IMAGE where an image stands, READ - id for an id that is no target.
     images: uint8 (S, S, 3) each, in order. nll float32 (L + 1,): the generator's own surprise in
-    nats at each token and at the document's end; None where nobody knows it (real data)."""
+    nats at each token and at the document's end; 0 where nobody knows it (real data). ends: whether
+    its start and its end are here. A piece of a long document has no end-of-text where it was cut.
+    There its first token is only read, because the piece before it has predicted it."""
 
     tokens: np.ndarray
     images: list
-    nll: np.ndarray | None = None
+    nll: np.ndarray | float = 0.0
+    ends: tuple = (True, True)
 
 
 def encode(parts, encoding, costs=None):
@@ -117,26 +115,24 @@ def encode(parts, encoding, costs=None):
 
     parts: texts, some of them a Question or an Answer, and uint8 (h, w, 3) images. costs: the nats
     of each part and of the document's end; the first token of a part bears all of them."""
-    tokens, images, nll = [], [], []
-    for part, cost in zip(parts, costs or repeat(0.0)):
+    tokens, images, starts = [], [], []
+    for part in parts:
+        starts.append(len(tokens))
         if isinstance(part, str):
-            ids = encode_text(part, encoding)
+            tokens += encode_text(part, encoding)
         else:
-            ids = [IMAGE]
+            tokens.append(IMAGE)
             images.append(part)
-        tokens += ids
-        nll += [cost] + [0.0] * (len(ids) - 1)
     if tokens and tokens[-1] == encoding.eot_token:  # `expand` adds the last end-of-text
         tokens.pop()
-    nll = np.array([*nll[:len(tokens)], costs[-1]], np.float32) if costs else None
+    nll = np.bincount([*starts, len(tokens)], costs).astype(np.float32) if costs else 0.0
     return Document(np.array(tokens, np.int32), images, nll)
 
 
 def encode_text(text, encoding):
     """A list of ids. Those of a Question are only read; an Answer brings its end-of-text."""
-    short = text
-    if len(text) > 9999:  # a megabyte of white space would overflow tiktoken's stack
-        short = re.sub(r"(?<!\s)(\s{9999})\s+", r"\1", text)
+    long = len(text) > 9999  # a megabyte of white space would overflow tiktoken's stack
+    short = re.sub(r"(?<!\s)(\s{9999})\s+", r"\1", text) if long else text
     ids = encoding.encode_ordinary(short)
     if isinstance(text, Question):
         return [READ - i for i in ids]
@@ -147,7 +143,6 @@ def encode_text(text, encoding):
 
 # ---- From documents to rows, from rows to batches ------------------------------------------------
 
-
 def ids_of(tokens):
     """The ids of tokens, whether predicted or only read. IMAGE stays."""
     return np.where(tokens <= READ, READ - tokens, tokens)
@@ -157,8 +152,9 @@ def expand(document, eot, n_patches):
     """A document as positions, each (L',): ids, patch (number within the document or -1), target
     (-1 = none) and nll of the target. One end-of-text goes before it, so that its first token has
     something to be predicted from; end-of-text is also what its last token predicts."""
-    framed = np.full(len(document.tokens) + 2, eot, np.int64)
-    framed[1:-1] = document.tokens
+    before, after = document.ends
+    framed = np.full(before + len(document.tokens) + after, eot)
+    framed[before:len(framed) - after] = document.tokens
     ids, following = framed[:-1], framed[1:]
     is_image = ids == IMAGE
     ids = ids_of(ids) * ~is_image
@@ -169,8 +165,7 @@ def expand(document, eot, n_patches):
     target = np.full(len(patch), -1)
     target[last] = np.maximum(following, -1)  # an image (-1) and a token only read are no targets
     nll = np.zeros(len(patch), np.float32)
-    if document.nll is not None:
-        nll[last] = document.nll
+    nll[last] = document.nll
     return ids.repeat(size), patch, target, nll
 
 
@@ -184,28 +179,25 @@ class Row:
         self.patch, self.target = np.full(context, -1), np.full(context, -1)
         self.nll, self.images = np.zeros(context, np.float32), []
 
-    def add(self, document, start=0, stop=None, whole=False):
-        """Places positions start..stop of an expanded document, as many as fit, and never a part of
-        an image. With `whole` it places all or nothing. Returns the number of positions placed."""
+    def add(self, document, whole=False):
+        """Places as many positions of a document as fit, but never a part of an image. With `whole`
+        it places all or nothing. Returns whether it placed any."""
         ids, patch, target, nll = expand(document, self.eot, self.n_patches)
-        stop = min(len(ids) if stop is None else stop, start + self.context - self.used)
-        if whole and stop < len(ids):
-            return 0
-        while stop > start and patch[stop - 1] >= 0 and (patch[stop - 1] + 1) % self.n_patches:
-            stop -= 1  # the image does not fit: stop before it
-        if not (target[start:stop] >= 0).any():
-            return 0
-        a, b, piece = self.used, self.used + stop - start, slice(start, stop)
-        self.tokens[a:b], self.target[a:b], self.nll[a:b] = ids[piece], target[piece], nll[piece]
-        first = (patch[:start].max(initial=-1) + 1) // self.n_patches  # images before this piece
-        last = (patch[:stop].max(initial=-1) + 1) // self.n_patches  # and up to its end
-        shift = (len(self.images) - first) * self.n_patches
-        self.patch[a:b] = np.where(patch[piece] >= 0, patch[piece] + shift, -1)
-        self.images += document.images[first:last]
+        n = min(len(ids), self.context - self.used)
+        if whole and n < len(ids):
+            return False
+        n -= int(patch[n - 1] + 1) % self.n_patches  # stop before an image that does not fit
+        if not (target[:n] >= 0).any():
+            return False
+        piece = slice(self.used, self.used + n)
+        self.tokens[piece], self.target[piece] = ids[:n], target[:n]
+        shift = len(self.images) * self.n_patches
+        self.patch[piece] = np.where(patch[:n] >= 0, patch[:n] + shift, -1)
+        self.images += document.images[:(patch[:n].max() + 1) // self.n_patches]
         self.n_docs += 1
-        self.doc[a:b] = self.n_docs
-        self.used = b
-        return b - a
+        self.doc[piece], self.nll[piece] = self.n_docs, nll[:n]
+        self.used += n
+        return True
 
 
 def patchify(image, patch_size):
@@ -254,7 +246,7 @@ class Procedural:
     validated_as = {"conversation": QUESTIONS}  # a loss for each kind of question
 
     def __init__(self, cfg, seed, context, image_size, n_patches):
-        self.seed, self.val_rows, self.val = seed, cfg.val_rows, {}
+        self.cfg, self.seed = cfg, seed
         self.world, self.encoding = World(image_size), get_tokenizer()
         self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
 
@@ -272,26 +264,24 @@ class Procedural:
         return row
 
     def n_val(self, kind):
-        return self.val_rows
+        return self.cfg.val_rows
 
     def val_row(self, kind, n):
-        if kind not in self.val:
-            self.val[kind] = self.make_val_rows(kind)
-        return self.val[kind][n]
+        return self.val_rows(kind)[n]
 
-    def make_val_rows(self, kind):
+    @lru_cache(maxsize=16)
+    def val_rows(self, kind):
         """Always the same documents, each whole, so that the floor is exact. One that does not fit
         opens the next row, because otherwise short documents would be favoured; only one that fits
         no row at all is left out (below a context of 256 there are some)."""
-        rng, rows, tries = random.Random(f"val/{kind}"), [], 0
-        while len(rows) <= self.val_rows:
+        rng, rows, tries = random.Random(f"val/{kind}"), [self.new_row()], 0
+        while len(rows) <= self.cfg.val_rows:
             document, tries = self.document(kind, rng, "val"), tries + 1
-            if rows and rows[-1].add(document, whole=True):
-                continue
             row = self.new_row()
-            rows += [row] if row.add(document, whole=True) else []
-            check(rows or tries <= 100, f"--context {row.context}: no {kind} document of the "
-                  "procedural world fits; 256 holds them all")
+            if not rows[-1].add(document, whole=True) and row.add(document, whole=True):
+                rows.append(row)
+            check(rows[0].used or tries <= 100, f"--context {row.context}: no {kind} document of "
+                  "the procedural world fits; 256 holds them all")
         return rows[:-1]  # the last one is not full
 
 
@@ -306,7 +296,6 @@ class Packed:
         self.shards = {split: Shards(cfg.data, split) for split in ("train", "val")}
         self.encoding = self.shards["train"].encoding
         self.tokenizer = self.shards["train"].meta["tokenizer"]
-        self.plans, self.orders = {}, {}
 
     def kinds(self, split):
         return self.shards[split].kinds
@@ -316,6 +305,12 @@ class Packed:
         rng = np.random.default_rng((self.seed, 2, KINDS.index(kind), n))
         return self.fill(kind, "train", self.order(kind, epoch)[place], rng=rng,
                          augment=self.cfg.augment, flip=self.cfg.flip)
+
+    @lru_cache(maxsize=16)
+    def order(self, kind, epoch):
+        """The order of a kind's rows in one epoch."""
+        rng = np.random.default_rng((self.seed, 3, KINDS.index(kind), epoch))
+        return rng.permutation(self.plan(kind, "train").n_rows)
 
     def n_val(self, kind):
         return min(self.cfg.val_rows, self.plan(kind, "val").n_rows)
@@ -328,77 +323,60 @@ class Packed:
     def fill(self, kind, split, place, **crops):
         """Row `place` of a plan."""
         row = Row(self.context, self.n_patches, self.encoding.eot_token)
-        for i, start, stop, first, last in self.plan(kind, split).row(place):
-            document = self.shards[split].document(kind, i, self.image_size, first, last, **crops)
-            row.add(*part_of(document, start, stop, first, last, self.n_patches))
+        shards, size = self.shards[split], self.image_size
+        for i, start, stop in self.plan(kind, split).row(place):
+            row.add(shards.document(kind, i, size, start, stop, **crops))
         return row
 
+    @lru_cache(maxsize=16)
     def plan(self, kind, split):
-        if (kind, split) not in self.plans:
-            check(kind in self.kinds(split),
-                  f"{self.cfg.data} has no {kind} documents in its split {split}")
-            shards = self.shards[split]
-            self.plans[kind, split] = Plan(shards, kind, self.context, self.n_patches)
-        return self.plans[kind, split]
-
-    def order(self, kind, epoch):
-        """The order of a kind's rows in one epoch. Only the last one asked for is kept."""
-        if self.orders.get(kind, (None,))[0] != epoch:
-            rng = np.random.default_rng((self.seed, 3, KINDS.index(kind), epoch))
-            self.orders[kind] = epoch, rng.permutation(self.plan(kind, "train").n_rows)
-        return self.orders[kind][1]
+        check(kind in self.kinds(split),
+              f"{self.cfg.data} has no {kind} documents in its split {split}")
+        return Plan(self.shards[split], kind, self.context, self.n_patches)
 
 
 class Plan:
     """Which documents share a row: next-fit in the order of the files, made once for each kind.
 
     Documents longer than a row are cut into pieces, never through an image, and what is cut off
-    goes on in another row. pieces int32 (n, 5): document, its positions from .. to, its images
-    from .. to."""
+    goes on in another row. pieces int32 (n, 4): document, its tokens from .. to, and how many
+    positions they take. Token 0 is the end-of-text before the document. The last token of a piece
+    takes no position there, because it is only predicted; the next piece starts with it."""
 
     def __init__(self, shards, kind, context, n_patches):
-        text, images = shards.sizes(kind).T
-        lengths = 1 + text + images * n_patches  # with the end-of-text before it
+        tokens, images = shards.docs[kind][:, 2:].T
+        lengths = 1 + tokens + images * (n_patches - 1)  # with the end-of-text before it
         hard = (lengths > context) & (images > 0)  # only their tokens say where to cut
-        cut = [(i, *piece) for i in np.flatnonzero(hard).tolist()
-               for piece in cut_document(shards.tokens(kind, i), context, n_patches)]
         n = np.where(hard, 0, -(-lengths // context))  # pieces of all others, without a loop
         doc = np.repeat(np.arange(len(n)), n)
-        start = (np.arange(len(doc)) - np.repeat(np.cumsum(n) - n, n)) * context
-        stop = np.minimum(start + context, lengths[doc])
-        easy = np.stack([doc, start, stop, np.zeros_like(doc), images[doc]], 1)  # (n, 5)
-        pieces = np.concatenate([easy, np.array(cut, np.int64).reshape(-1, 5)]).astype(np.int32)
+        start = (np.arange(len(doc)) - np.searchsorted(doc, doc)) * context
+        size = np.minimum(lengths[doc] - start, context)
+        stop = start + size - images[doc] * (n_patches - 1) + 1
+        pieces = [np.stack([doc, start, stop, size], 1)]
+        for i in np.flatnonzero(hard).tolist():
+            is_image = shards.tokens(kind, i) == IMAGE
+            sizes = np.append(1, np.where(is_image, n_patches, 1))
+            first = next_fit(sizes, context)
+            start, size = first[:-1], np.add.reduceat(sizes, first[:-1])
+            pieces.append(np.stack([np.full_like(start, i), start, first[1:] + 1, size], 1))
+        pieces = np.concatenate(pieces).astype(np.int32)                        # (n, 4)
         self.pieces = pieces[np.lexsort((pieces[:, 1], pieces[:, 0]))]
-        sizes = self.pieces[:, 2] - self.pieces[:, 1]
-        ends, first = np.cumsum(sizes), [0]
-        following = np.searchsorted(ends, ends - sizes + context, side="right")
-        while first[-1] < len(ends):  # the row that starts at this piece holds all that fit
-            first.append(int(following[first[-1]]))
-        self.first, self.n_rows = np.array(first), len(first) - 1
+        self.first = next_fit(self.pieces[:, 3], context)
+        self.n_rows = len(self.first) - 1
 
     def row(self, n):
-        return self.pieces[self.first[n]:self.first[n + 1]].tolist()
+        """[(document, its tokens from, to)] of row n."""
+        return self.pieces[self.first[n]:self.first[n + 1], :3].tolist()
 
 
-def cut_document(tokens, context, n_patches):
-    """The pieces of one document: positions from .. to, at most `context`, images from .. to."""
-    images = np.flatnonzero(tokens == IMAGE)
-    starts = 1 + images + np.arange(len(images)) * (n_patches - 1)  # position of each first patch
-    length, start = 1 + len(tokens) + len(images) * (n_patches - 1), 0
-    while start < length:
-        stop = min(start + context, length)
-        inside = starts[(starts < stop) & (stop < starts + n_patches)]
-        stop = int(inside[0]) if len(inside) else stop
-        yield start, stop, *np.searchsorted(starts, (start, stop)).tolist()
-        start = stop
-
-
-def part_of(document, start, stop, first, last, n_patches):
-    """One piece of a plan as arguments of Row.add: what it needs of the document, and its positions
-    there. Otherwise every row of a book would expand the whole book."""
-    a, b = (at - images * (n_patches - 1) for at, images in ((start, first), (stop, last)))
-    tokens = document.tokens[max(a - 1, 0):b]  # up to what the last position predicts
-    return Document(tokens, document.images[first:last]), min(a, 1), min(a, 1) + stop - start
+def next_fit(sizes, context):
+    """Things of these sizes fill one bin of `context` after the other -> int array, the first thing
+    of each bin, and last the number of things."""
+    ends, first = np.cumsum(sizes), [0]
+    following = np.searchsorted(ends, ends - sizes + context, side="right")
+    while first[-1] < len(ends):
+        first.append(int(following[first[-1]]))
+    return np.array(first)
 
 
 # ---- A packed folder: memory-mapped shards -------------------------------------------------------
@@ -433,37 +411,28 @@ class Shards:
               f"`python -m tools.pack ... --split {split} --out {root}`")
         kinds, self.encoding = self.meta["splits"][split], get_tokenizer(self.meta["tokenizer"])
         self.kinds = tuple(kind for kind in KINDS if kind in kinds)
-        self.files, self.docs, self.maps = {}, {}, {}
+        self.files, self.docs = {}, {}
         for kind in self.kinds:
-            folders = [root / kind / shard["name"] for shard in kinds[kind]["shards"]]
-            counts = [shard["docs"] for shard in kinds[kind]["shards"]]
-            tables = [self.read(folder / f"{split}.docs", np.int64, 0, 3 * n)
-                      for folder, n in zip(folders, counts)]
-            table = np.concatenate(tables).reshape(-1, 3)                   # (n_docs, 3)
-            number = np.repeat(np.arange(len(folders)), counts)[:, None]    # (n_docs, 1)
-            self.docs[kind] = np.hstack([number, table])                    # (n_docs, 4)
-            self.files[kind] = [folder / "data" for folder in folders]
-
-    def __getstate__(self):
-        return {**self.__dict__, "maps": {}}  # a worker process maps the files for itself
+            tables, self.files[kind] = [], []
+            for number, shard in enumerate(kinds[kind]["shards"]):
+                folder = root / kind / shard["name"]
+                table = self.read(folder / f"{split}.docs", np.int64, 0, 3 * shard["docs"])
+                tables.append(np.insert(table.reshape(-1, 3), 0, number, axis=1))
+                self.files[kind].append(folder / "data")
+            self.docs[kind] = np.concatenate(tables)                        # (n_docs, 4)
 
     def read(self, path, dtype, start, count):
         """`count` numbers of a file from byte `start` on: a view of its memory map."""
-        if path not in self.maps:
-            if len(self.maps) >= 1024:  # systems bound the number of mappings
-                self.maps.clear()
-            size = path.stat().st_size if path.is_file() else 0
-            self.maps[path] = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
         stop = start + count * np.dtype(dtype).itemsize
-        found = self.maps[path][start:stop]
+        found = self.map(path)[start:stop]
         check(len(found) == stop - start, f"{path}, listed in data.json, is missing or cut: delete "
               "its folder and pack again")
         return found.view(dtype)
 
-    def sizes(self, kind):
-        """int64 (n_docs, 2): text tokens and images of every document."""
-        length, images = self.docs[kind][:, 2:].T
-        return np.stack([length - images, images], axis=1)                  # (n_docs, 2)
+    @lru_cache(maxsize=1024)  # systems bound the number of mappings
+    def map(self, path):
+        size = path.stat().st_size if path.is_file() else 0
+        return np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
 
     def tokens(self, kind, i):
         """int32 (L,), IMAGE where an image stands."""
@@ -478,25 +447,27 @@ class Shards:
         start += sizes.nbytes + 3 * int(sizes[:j].prod(axis=1).sum())
         return self.read(path, np.uint8, start, 3 * sizes[j].prod()).reshape(*sizes[j], 3)
 
-    def document(self, kind, i, image_size, first=0, last=None, rng=None, augment=False,
+    def document(self, kind, i, image_size, start=0, stop=None, rng=None, augment=False,
                  flip=False):
-        """Document i, its images uint8 (S, S, 3). Images outside [first, last) are None: nothing is
-        read for them, and the others keep their numbers.
+        """Document i, or its piece from token `start` to `stop` (see Plan), with images uint8
+        (S, S, 3). Only what the piece needs is read, because a book fills many rows.
 
         Plain: the centre square. augment: RandomResizedCrop, scale 0.4-1, ratio 3/4-4/3 (paper
         4.2). flip: mirror with p = 0.5, unless the text speaks of left or right. Both draw from
         `rng`, a numpy Generator, and from nothing else."""
-        tokens = self.tokens(kind, i)
-        images = [None] * int((tokens == IMAGE).sum())
-        if flip and images[first:last]:
-            text = self.encoding.decode(ids_of(tokens)[tokens != IMAGE].tolist())
+        tokens, images = self.tokens(kind, i), []
+        end = len(tokens) + 2  # with an end-of-text on both sides
+        stop, skipped = stop or end, max(start - 1, 0)
+        is_image = tokens == IMAGE
+        numbers = range(is_image[:skipped].sum(), is_image[:stop - 2].sum())
+        if flip and numbers:
+            text = self.encoding.decode(ids_of(tokens)[~is_image].tolist())
             flip = not re.search(r"\b(left|right)", text, re.IGNORECASE)
-        for j in range(len(images))[first:last]:
-            pixels = self.image(kind, i, j)
-            image = square(pixels, image_size, rng if augment else None)            # (S, S, 3)
+        for j in numbers:
+            image = square(self.image(kind, i, j), image_size, rng if augment else None)
             mirror = flip and rng.random() < 0.5
-            images[j] = np.ascontiguousarray(image[:, ::-1]) if mirror else image
-        return Document(tokens, images)
+            images.append(np.ascontiguousarray(image[:, ::-1]) if mirror else image)
+        return Document(tokens[skipped:stop - 1], images, ends=(start == 0, stop == end))
 
 
 def square(pixels, size, rng=None):
@@ -514,7 +485,7 @@ def crop_box(h, w, rng=None):
     for _ in range(10 if rng else 0):
         area = h * w * rng.uniform(0.4, 1.0)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        box_w, box_h = round(float(np.sqrt(area * ratio))), round(float(np.sqrt(area / ratio)))
+        box_w, box_h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
         if 0 < box_w <= w and 0 < box_h <= h:
             top, left = int(rng.integers(h - box_h + 1)), int(rng.integers(w - box_w + 1))
             return top, left, box_h, box_w
@@ -531,7 +502,6 @@ def vocab_size(data):
 
 # ---- The loader ----------------------------------------------------------------------------------
 
-
 class Loader:
     """Batches as a pure function of (seed, step, rank, number of ranks).
 
@@ -542,45 +512,41 @@ class Loader:
 
     def __init__(self, cfg, seed, context, image_size, patch_size):
         self.cfg, self.seed, self.patch_size = cfg, seed, patch_size
-        self.shares, self.block = cfg.shares, (None, None)
         source = Procedural if cfg.data == "procedural" else Packed
         n_patches = (image_size // patch_size) ** 2
         self.source = source(cfg, seed, context, image_size, n_patches)
-        self.encoding = self.source.encoding
-        self.check_mixture()
-
-    def check_mixture(self):
+        self.shares, self.encoding = cfg.shares, self.source.encoding
         there = self.source.kinds("train")
-        missing = [kind for kind in self.shares if kind not in there]
-        example = "-".join("100" if kind == there[0] else "0" for kind in KINDS)
-        check(not missing, f"--mixture {self.cfg.mixture}: {self.cfg.data} has no "
-              f"{''.join(missing[:1])} documents, only {', '.join(there)}; give what is missing 0, "
-              f"as in {example}")
-        check(self.val_kinds(), f"{self.cfg.data} has no {' or '.join(self.wanted_kinds())} "
-              "documents in its split val: pack some with --split val, or with a larger "
-              "--val-fraction")
-
-    def wanted_kinds(self):
-        """The kinds to validate on: the paper's three whatever the mixture, with others that it
-        has; but of a mixture for finetuning, only the kinds it finetunes on."""
-        finetuned = [kind for kind in self.shares if kind in FINETUNING]
-        return finetuned or [k for k in KINDS if k in PRETRAINING or k in self.shares]
+        for kind in self.shares:
+            check(kind in there, f"--mixture {cfg.mixture}: {cfg.data} has only "
+                  f"{', '.join(there)}; give {kind} 0")
+        self.val_kinds()  # ends the program if there are none
 
     def val_kinds(self):
-        """The names under which losses are reported. `loss` is their mean."""
-        kinds = [kind for kind in self.wanted_kinds() if kind in self.source.kinds("val")]
+        """The names under which losses are reported (`loss` is their mean): the paper's three kinds
+        whatever the mixture, with others that it has; but of a mixture for finetuning, only the
+        kinds it finetunes on."""
+        finetuned = [kind for kind in self.shares if kind in FINETUNING]
+        wanted = finetuned or [k for k in KINDS if k in PRETRAINING or k in self.shares]
+        kinds = [kind for kind in wanted if kind in self.source.kinds("val")]
+        check(kinds, f"{self.cfg.data} has no {' or '.join(wanted)} documents in its split val: "
+              "pack some with --split val, or with a larger --val-fraction")
         return [name for kind in kinds for name in self.source.validated_as.get(kind, [kind])]
 
     def kind_of(self, g):
-        """(kind, how many rows of that kind came before row g). Every 100 rows hold the mixture's
-        percentages exactly, in an order shuffled by the seed: no sampling noise in the shares."""
+        """(kind, how many rows of that kind came before row g)."""
         block, place = divmod(g, 100)
-        if self.block[0] != block:  # only the last one asked for is kept
-            order = np.random.default_rng((self.seed, 1, block)).permutation(100)
-            self.block = block, np.repeat(range(len(self.shares)), [*self.shares.values()])[order]
-        kinds = self.block[1]                                                       # (100,)
-        kind = list(self.shares)[kinds[place]]
-        return kind, block * self.shares[kind] + int((kinds[:place] == kinds[place]).sum())
+        kinds = self.kinds_of_block(block)
+        kind = kinds[place]
+        return kind, block * self.shares[kind] + kinds[:place].count(kind)
+
+    @lru_cache(maxsize=16)
+    def kinds_of_block(self, block):
+        """Every 100 rows hold the mixture's percentages exactly, in an order shuffled by the seed:
+        no sampling noise in the shares."""
+        kinds = [kind for kind, share in self.shares.items() for _ in range(share)]
+        order = np.random.default_rng((self.seed, 1, block)).permutation(100)
+        return [kinds[i] for i in order]
 
     def __getitem__(self, g):
         """Training row g. (torch's DataLoader asks for it by this name.)"""
@@ -588,19 +554,18 @@ class Loader:
 
     def train_batches(self, first_step, last_step, rows_per_step, micro_rows, rank=0, ranks=1,
                       pin=False):
-        """Iterator over the micro-batches of steps first_step .. last_step - 1 for this rank."""
-        def row_numbers():
-            for step in range(first_step, last_step):
-                first, end = step * rows_per_step + rank * micro_rows, (step + 1) * rows_per_step
-                for n in range(first, end, ranks * micro_rows):
-                    yield range(n, n + micro_rows)
-
+        """Iterator over the micro-batches of steps first_step .. last_step - 1 for this rank.
+        ranks * micro_rows divides rows_per_step."""
+        starts = range(first_step * rows_per_step + rank * micro_rows, last_step * rows_per_step,
+                       ranks * micro_rows)
+        workers = self.cfg.workers
         # spawn, not fork, because the threads of torch and tiktoken do not survive a fork
-        workers = dict(num_workers=self.cfg.workers, prefetch_factor=4, worker_init_fn=ignore_signals,
-                       multiprocessing_context="spawn") if self.cfg.workers else {}
         return iter(torch.utils.data.DataLoader(
-            self, batch_sampler=row_numbers(), pin_memory=pin, **workers,
-            collate_fn=partial(collate, patch_size=self.patch_size)))
+            self, batch_sampler=(range(n, n + micro_rows) for n in starts),
+            collate_fn=partial(collate, patch_size=self.patch_size), pin_memory=pin,
+            num_workers=workers, worker_init_fn=ignore_signals,
+            prefetch_factor=4 if workers else None,
+            multiprocessing_context="spawn" if workers else None))
 
     def val_batches(self, kind, micro_rows, rank=0, ranks=1):
         """This rank's share of the fixed validation rows of one kind."""

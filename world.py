@@ -11,7 +11,6 @@ Dimensions:  S image side in pixels
 import argparse
 import bisect
 import random
-import re
 import zlib
 
 import numpy as np
@@ -132,18 +131,15 @@ class World:
         kind of document costs nothing, and the floor is the same for any mixture."""
         scene = self.caption(w, split)
         for _ in range(w.rng.randint(1, 2)):
-            scene, what = self.change(scene, w.rng, split)
+            scene, who, deed = self.change(scene, w.rng, split)
             w.show(self.draw(scene, w.rng))
-            w.say(f" {what} now {COUNTS[len(scene)]}.")
+            w.say(f" {who} {deed}, now {COUNTS[len(scene)]}.")
 
     def text(self, w, split):
         """A walk from thing to thing, telling facts. A story belongs to a split by its words."""
-        while True:
-            story = Writer(w.rng)
-            self.story(story)
-            if held_out(story.parts) == (split == "val"):
-                w.parts, w.costs, w.pending = story.parts, story.costs, story.pending
-                return
+        while not w.parts or not belongs(w.parts, split):
+            w.parts, w.costs, w.pending = [], [], 0.0
+            self.story(w)
 
     def conversation(self, w, split):
         """A question whose answer follows from the pictures, so that its floor is 0."""
@@ -163,14 +159,8 @@ class World:
                 friend = last is not None and rng.random() < 0.5
                 last = int(self.friend[last]) if friend else self.thing(rng)
                 scene[cell] = (last, rng.randrange(len(COLOURS)))
-            if self.belongs(scene, split):
+            if belongs(sorted(scene.items()), split):
                 return scene
-
-    def belongs(self, scene, split):
-        """A scene belongs to one split by its hash, so no picture of the validation set is ever
-        trained on. A text's probability given its pictures does not depend on the split, so the
-        floor stays exact."""
-        return held_out(sorted(scene.items())) == (split == "val")
 
     def draw(self, scene, rng):
         """uint8 (S, S, 3)."""
@@ -182,29 +172,28 @@ class World:
         return canvas
 
     def change(self, scene, rng, split):
-        """(new scene of the same split, what a viewer of both pictures would say)."""
+        """(new scene of the same split, whom a viewer of both pictures would name, what it did)."""
         while True:
-            changed, what = self.any_change(dict(scene), rng)
-            if self.belongs(changed, split):
-                return changed, what
+            changed, who, deed = self.any_change(dict(scene), rng)
+            if belongs(sorted(changed.items()), split):
+                return changed, who, deed
 
     def any_change(self, scene, rng):
         free = rng.choice([c for c in range(GRID * GRID) if c not in scene])
         act = rng.choice(ACTS) if scene else "came"
         cell = rng.choice(sorted(scene)) if scene else free
-        noun = self.noun(scene[cell]) if scene else ""
-        if act == "left":
-            del scene[cell]
-            return scene, f"the {noun} left,"
         if act == "came":
             scene[free] = (self.thing(rng), rng.randrange(len(COLOURS)))
-            return scene, f"a {self.noun(scene[free])} came,"
+            return scene, f"a {self.noun(scene[free])}", act
+        who = f"the {self.noun(scene[cell])}"
+        thing, colour = scene.pop(cell)
         if act == "moved":
-            scene[free] = scene.pop(cell)
-            return scene, f"the {noun} moved,"
-        thing, old = scene[cell]
-        scene[cell] = (thing, (old + rng.randrange(1, len(COLOURS))) % len(COLOURS))
-        return scene, f"the {noun} turned {list(COLOURS)[scene[cell][1]]},"
+            scene[free] = (thing, colour)
+        if act == "turned":
+            colour = (colour + rng.randrange(1, len(COLOURS))) % len(COLOURS)
+            scene[cell] = (thing, colour)
+            act = f"turned {list(COLOURS)[colour]}"
+        return scene, who, act
 
     # -- sentences -------------------------------------------------------------------------------
 
@@ -262,9 +251,9 @@ class World:
             w.say(part)
 
     def colour(self, w, split):
-        scene = self.scene(w.rng, split)
-        while len({thing for thing, _ in scene.values()}) < len(scene):  # "the" would be unclear
-            scene = self.scene(w.rng, split)
+        scene = {}
+        while len({thing for thing, _ in scene.values()}) < max(1, len(scene)):
+            scene = self.scene(w.rng, split)  # two of one thing: "the" would be unclear
         thing, colour = scene[w.rng.choice(sorted(scene))]
         question = f"what colour is the {self.names[thing]}?"
         self.ask(w, [scene], question, list(COLOURS)[colour])
@@ -286,12 +275,11 @@ class World:
         self.ask(w, [scene], question, "yes" if before else "no")
 
     def compare(self, w, split):
-        act, said, after = w.rng.choice(ACTS), "", {}
-        while act not in said or not self.belongs(after, split):  # both anew: all acts as likely
-            before = self.scene(w.rng, split)
-            after, what = self.any_change(dict(before), w.rng)
-            said = re.search(r"(left|came|moved|turned \w+),$", what)[1]
-        self.ask(w, [before, after], "what changed?", f"one {said}")
+        act, deed, after = w.rng.choice(ACTS), "", {}
+        while act not in deed or not belongs(sorted(after.items()), split):
+            before = self.scene(w.rng, split)  # both anew, because so all acts stay as likely
+            after, _, deed = self.any_change(dict(before), w.rng)
+        self.ask(w, [before, after], "what changed?", f"one {deed}")
 
 
 def make_words(rng, n):
@@ -304,9 +292,11 @@ def make_words(rng, n):
     return list(words)
 
 
-def held_out(content):
-    """One in sixteen, by a hash that is the same on every machine (Python's own is not)."""
-    return zlib.crc32(repr(content).encode()) % 16 == 0
+def belongs(content, split):
+    """Whether a scene or a story is of this split, so that nothing of the validation set is ever
+    trained on: one in sixteen, by a hash that is the same on every machine (Python's own is not). A
+    text's probability given its pictures does not depend on the split, so the floor stays exact."""
+    return (zlib.crc32(repr(content).encode()) % 16 == 0) == (split == "val")
 
 
 def main():

@@ -2,6 +2,7 @@
 import collections
 import hashlib
 import random
+import types
 
 import numpy as np
 import pytest
@@ -137,12 +138,12 @@ def toy_image(value=0):
     return np.full((4, 4, 3), value, np.uint8)
 
 
-def toy_row(context, *documents, **piece):
+def toy_row(context, *documents):
     """A row of documents that are lists of tokens, with patches of 2 and end-of-text 9."""
     row = Row(context, n_patches=4, eot=9)
     for tokens in documents:
         images = [toy_image(7 + i) for i in range(tokens.count(IMAGE))]
-        row.add(Document(np.array(tokens, np.int32), images), **piece)
+        row.add(Document(np.array(tokens, np.int32), images))
     return row
 
 
@@ -155,14 +156,22 @@ def test_a_row_lays_documents_out_as_expand_says():
     assert row.target.tolist() == [-1, -1, -1, -1, 1, 2, 9, 3, 9, -1, -1, -1]
 
 
-def test_an_image_comes_whole_or_not_at_all_and_only_with_its_own_piece():
+def test_an_image_comes_whole_or_not_at_all():
     row = toy_row(6, [1, 2, IMAGE, 3])
     assert row.used == 3 and row.images == [] and (row.patch == -1).all()
     assert row.target.tolist() == [1, 2, -1, -1, -1, -1]
-    row = toy_row(12, [IMAGE, 1, IMAGE, 2], start=6)
-    assert row.used == 5 and [image[0, 0, 0] for image in row.images] == [8]
-    assert row.patch.tolist()[:5] == [0, 1, 2, 3, -1]
-    assert row.target.tolist()[:5] == [-1, -1, -1, 2, 9]
+    row = toy_row(8, [1, 2], [3, IMAGE, 4])
+    assert row.used == 5 and row.images == []
+
+
+def test_a_piece_of_a_document_has_no_end_of_text_where_it_was_cut():
+    row = Row(12, n_patches=4, eot=9)
+    tokens = np.array([1, IMAGE, 2, 3], np.int32)
+    row.add(Document(tokens, [toy_image(8)], ends=(False, False)))
+    assert row.used == 6 and [image[0, 0, 0] for image in row.images] == [8]
+    assert row.tokens.tolist()[:6] == [1, 0, 0, 0, 0, 2]
+    assert row.patch.tolist()[:6] == [-1, 0, 1, 2, 3, -1]
+    assert row.target.tolist()[:6] == [-1, -1, -1, -1, 2, 3]
 
 
 def test_a_question_is_read_and_not_predicted():
@@ -187,18 +196,21 @@ def test_a_batch_without_images_has_a_dummy_one():
 # -- packing long documents into rows ------------------------------------------------------------
 
 
-class ToyShards:
-    """Documents given as strings of t (text) and I (image), patches of 4."""
+class ToyShards(data.Shards):
+    """Documents given as strings of t (text) and I (image), patches of 4, image sides of 1."""
 
     def __init__(self, documents):
+        self.encoding = data.get_tokenizer()
         self.ids = [np.array([IMAGE if c == "I" else n for n, c in enumerate(d, 1)], np.int32)
                     for d in documents]
-
-    def sizes(self, kind):
-        return np.array([((ids != IMAGE).sum(), (ids == IMAGE).sum()) for ids in self.ids])
+        self.docs = {"text": np.array([(0, 0, len(ids), (ids == IMAGE).sum())
+                                       for ids in self.ids])}
 
     def tokens(self, kind, i):
         return self.ids[i]
+
+    def image(self, kind, i, j):
+        return np.full((1, 1, 3), j, np.uint8)
 
 
 @pytest.mark.parametrize("documents", [
@@ -206,37 +218,32 @@ class ToyShards:
     ["t" * 57], ["I" * 9] * 3, ["ttttttttttI" * 5] * 4, ["t" * 30, "tItttttttIttt", "tt"],
     ["".join(random.Random(seed).choices("tttI", k=60)) for seed in range(9)]])
 def test_packing_cuts_no_image_and_places_everything_once(documents):
-    """It says of each piece which images it needs, and the piece alone fills a row as the whole
-    document would. So every token is a target once."""
+    """The pieces of a document, one after the other, are what `expand` makes of all of it."""
     shards, context = ToyShards(documents), 12
     plan = data.Plan(shards, "text", context, 4)
-    whole = [Document(ids, [toy_image(j) for j in range((ids == IMAGE).sum())])
-             for ids in shards.ids]
-    patches = [data.expand(document, 99, 4)[1] for document in whole]
-    covered, targets = collections.defaultdict(list), []
+    found = collections.defaultdict(list)
     for n in range(plan.n_rows):
-        rows = Row(context, 4, eot=99), Row(context, 4, eot=99)
-        pieces = plan.row(n)
-        assert 0 < sum(stop - start for _, start, stop, *_ in pieces) <= context
-        for i, start, stop, first, last in pieces:
-            covered[i].append((start, stop))
-            needed = {patch // 4 for patch in patches[i][start:stop].tolist() if patch >= 0}
-            assert sorted(needed) == list(range(first, last))
-            rows[0].add(whole[i], start, stop)
-            rows[1].add(*data.part_of(whole[i], start, stop, first, last, 4))
-        assert digest(rows[:1]) == digest(rows[1:])
-        targets += rows[0].target[rows[0].target >= 0].tolist()
-    for i, patch in enumerate(patches):
-        starts, stops = zip(*sorted(covered[i]))
-        assert starts == (0, *stops[:-1]) and stops[-1] == len(patch)
-        assert all(patch[stop] % 4 == 0 or patch[stop] < 0 for stop in stops[:-1])
-    assert sorted(targets) == sorted(t for ids in shards.ids for t in [*ids[ids != IMAGE], 99])
+        row = Row(context, 4, eot=99)
+        for i, start, stop in plan.row(n):
+            before = row.used
+            row.add(shards.document("text", i, 1, start, stop))
+            at = slice(before, row.used)
+            images = [row.images[p // 4][0, 0, 0] * 4 + p % 4 if p >= 0 else -1
+                      for p in row.patch[at].tolist()]
+            found[i].append((start, stop, [*zip(row.tokens[at], images, row.target[at])]))
+    for i, ids in enumerate(shards.ids):
+        starts, stops, pieces = zip(*sorted(found[i]))
+        assert starts == (0, *np.array(stops[:-1]) - 1) and stops[-1] == len(ids) + 2
+        ids, patch, target, _ = data.expand(Document(ids, []), 99, 4)
+        whole = [*zip(ids, patch, target)]
+        placed = [position for piece in pieces for position in piece]
+        assert [x for x in placed if x[2] >= 0] == [x for x in whole if x[2] >= 0]
+        if all(pieces):  # a piece without a target is not placed
+            assert placed == whole
 
 
 def test_a_plan_of_many_long_texts_is_made_without_reading_them():
-    class Many:
-        def sizes(self, kind):
-            return np.stack([np.arange(200_000) % 999, np.zeros(200_000, int)], 1)
-
-    plan = data.Plan(Many(), "text", 128, 4)
-    assert (plan.pieces[:, 2] - plan.pieces[:, 1]).sum() == (1 + np.arange(200_000) % 999).sum()
+    lengths, zeros = np.arange(200_000) % 999, np.zeros(200_000, int)
+    shards = types.SimpleNamespace(docs={"text": np.stack([zeros, zeros, lengths, zeros], 1)})
+    plan = data.Plan(shards, "text", 128, 4)
+    assert plan.pieces[:, 3].sum() == (1 + lengths).sum()

@@ -88,7 +88,7 @@ def pack_one(tmp_path, kind, path, **options):
 
 
 def n_docs(shards, kind):
-    return len(shards.sizes(kind))
+    return len(shards.docs[kind])
 
 
 def texts(shards, kind):
@@ -229,7 +229,7 @@ def test_conversations_keep_their_layout_and_what_is_a_target(tmp_path):
         llava("a.png", "<image>\nWhat?", "A dot.", "Really?", "Yes."), llava(None, "Text?", "Yes."),
         llava("gone.png", "<image>\nWhat?", "?"), llava("a.png", "<image>\nNo answer")]))
     meta, shards = pack_one(tmp_path, "conversation", tmp_path / "a.json")
-    assert shards.sizes("conversation")[:, 1].tolist() == [1, 0]
+    assert shards.docs["conversation"][:, 3].tolist() == [1, 0]
     assert skipped(meta) == {"missing image": 1, "no text": 1}
     tokens = shards.tokens("conversation", 0)
     read = bytes(READ - t for t in tokens if t <= READ).decode()
@@ -521,15 +521,15 @@ def test_names_do_not_collide_and_changed_files_are_packed_again(tmp_path):
 
 
 def test_shards_count_pickle_and_fetch_in_part(plain):
-    sizes = plain.sizes("interleaved")
-    total = plain.meta["splits"]["val"]["interleaved"]
+    total, sizes = plain.meta["splits"]["val"]["interleaved"], plain.docs["interleaved"][:, 2:]
     assert sizes.shape == (total["docs"], 2)
-    assert sizes.sum(0).tolist() == [total["tokens"], total["images"]]
+    assert sizes.sum(0).tolist() == [total["tokens"] + total["images"], total["images"]]
     i = int(sizes[:, 1].argmax())
     tokens = plain.tokens("interleaved", i)
-    assert (tokens >= 0).sum() == sizes[i, 0] and (tokens == IMAGE).sum() == sizes[i, 1] >= 3
-    twin = pickle.loads(pickle.dumps(plain))
-    whole, part = plain.document("interleaved", i, 32), twin.document("interleaved", i, 32, 1, 3)
-    assert [x is not None for x in part.images] == [0 < j < 3 for j in range(sizes[i, 1])]
-    assert all((whole.images[j] == part.images[j]).all() for j in (1, 2))
+    assert [len(tokens), (tokens == IMAGE).sum()] == sizes[i].tolist() and sizes[i, 1] >= 3
+    twin, (_, second, third, *_) = pickle.loads(pickle.dumps(plain)), np.flatnonzero(tokens < 0)
+    whole = plain.document("interleaved", i, 32)
+    part = twin.document("interleaved", i, 32, second + 1, third + 3)  # 0 is the end-of-text
+    assert part.tokens.tolist() == tokens[second:third + 2].tolist() and len(part.images) == 2
+    assert all((a == b).all() for a, b in zip(part.images, whole.images[1:3]))
     assert whole.images[0].shape == (32, 32, 3) and whole.images[0].dtype == np.uint8

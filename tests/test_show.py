@@ -47,7 +47,7 @@ def test_show_with_its_defaults_and_with_mistakes(tmp_path, monkeypatch, capsys)
         assert "[3, 1024]" in capsys.readouterr().out
         tools.show.main(["-n", "70", "--split", "val", "--mixture", "100-0-0"])
         assert "[70, 256]" in capsys.readouterr().out
-    for argv, message in (([str(out)], "no interleaved documents, only caption, text; give"),
+    for argv, message in (([str(out)], "only caption, text; give interleaved 0"),
                           (["--patch-size", "-8"], "--patch-size -8"),
                           (["--splt", "val"], "--split"),
                           ([str(out), "--mixture", "0-0-100", "--split", "val"], "split val"),
