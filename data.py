@@ -306,7 +306,7 @@ class Packed:
         return self.fill(kind, "train", self.order(kind, epoch)[place], rng=rng,
                          augment=self.cfg.augment, flip=self.cfg.flip)
 
-    @lru_cache(maxsize=16)
+    @lru_cache(maxsize=4)  # one for each kind: of real data each can take gigabytes
     def order(self, kind, epoch):
         """The order of a kind's rows in one epoch."""
         rng = np.random.default_rng((self.seed, 3, KINDS.index(kind), epoch))

@@ -339,7 +339,7 @@ def upkeep(bench):
     trainer.begin([run])
 
     def evaluation(r):
-        trainer.loader.source.val.clear()  # a run evaluates once, and makes its rows for that
+        data.Procedural.val_rows.cache_clear()  # a run evaluates once, and makes its rows for that
         train.evaluate(trainer)
 
     took = bench.interleave({
