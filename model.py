@@ -8,7 +8,7 @@ silent about norms, positions, initial weights and the number of heads. There we
 DCLM, the decoder it cites, and say so. The command line is `python -m tools.sample`.
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,12 +23,7 @@ from moe import MoE
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides the parameters. ValueError, one line, where the fields do not fit.
-
-    0 = choose for me. The rules are ours, because the paper gives none. Head dim: the divisor of
-    `width` nearest 64 that leaves two heads, a multiple of 8 if there is one, else even; ties go to
-    the smaller. Ffn hidden: 8/3 of the width, rounded up to a multiple of 256, or of 16 below width
-    512, where 256 would be mostly rounding. Vision width: half the width, rounded up to a multiple
-    of 8."""
+    0 = choose for me. Those rules are ours, because the paper gives none."""
     fusion: str = "early"  # early: raw patches, no encoder; late: a ViT before the decoder
     moe: str = "none"  # none; learned: a router; modality: one text and one image expert
     experts: int = 8  # experts of a learned MoE layer
@@ -46,7 +41,6 @@ class ModelConfig:
     vision_depth: int = 0  # late fusion, of the encoder; 0: as --depth
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
 
-    # what follows from these fields
     head_dim = property(lambda self: split_heads(self.width, self.heads))
     hidden = property(lambda self: ffn_hidden(self.width, self.mlp_multiple))
     n_patches = property(lambda self: (self.image_size // self.patch_size) ** 2)
@@ -55,42 +49,41 @@ class ModelConfig:
     encoder_depth = property(lambda self: self.vision_depth or self.depth)
 
     def __post_init__(self):
-        for holds, message in self.checks():
+        def check(holds, message):
             if not holds:
                 raise ValueError(message)
 
-    def checks(self):
-        """Yields (condition, message). A condition may rely on the ones before it."""
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.default in (0, False) else 1
-            yield (isinstance(value, str) or value >= least,
-                   f"{field.name} {value} is below {least}")
-        yield (self.fusion in ("early", "late"),
-               f"fusion {self.fusion!r} is unknown: use early or late")
-        yield (self.moe in ("none", "learned", "modality"),
-               f"moe {self.moe!r} is unknown: use none, learned or modality")
-        yield (self.image_size % self.patch_size == 0,
-               f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        yield (self.moe != "learned" or self.top_k <= self.experts,
-               f"top_k {self.top_k} exceeds experts {self.experts}")
-        yield (self.moe == "learned" or self.granularity == 1,
-               f"granularity {self.granularity} needs moe learned, not {self.moe}")
-        yield (self.hidden % self.granularity == 0,
-               f"ffn hidden size {self.hidden} is not divisible by granularity {self.granularity}")
-        yield (self.context >= self.n_patches + 2,
-               f"context {self.context} is too short for one image of {self.n_patches} patches, "
-               f"BOS and one text token: use at least {self.n_patches + 2}")
-        yield (self.head_dim,
-               f"width {self.width} does not split into {self.heads or 'two or more'} heads of an "
-               "even size (RoPE turns pairs of numbers): use a multiple of 8")
-        yield (self.fusion == "early" or split_heads(self.encoder_width),
-               f"vision_width {self.encoder_width} does not split into two or more heads of an "
-               "even size: use a multiple of 8")
+            check(isinstance(value, str) or value >= least,
+                  f"{field.name} {value} is below {least}")
+        check(self.fusion in ("early", "late"),
+              f"fusion {self.fusion!r} is unknown: use early or late")
+        check(self.moe in ("none", "learned", "modality"),
+              f"moe {self.moe!r} is unknown: use none, learned or modality")
+        check(self.image_size % self.patch_size == 0,
+              f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        check(self.moe != "learned" or self.top_k <= self.experts,
+              f"top_k {self.top_k} exceeds experts {self.experts}")
+        check(self.moe == "learned" or self.granularity == 1,
+              f"granularity {self.granularity} needs moe learned, not {self.moe}")
+        check(self.hidden % self.granularity == 0,
+              f"ffn hidden size {self.hidden} is not divisible by granularity {self.granularity}")
+        check(self.context >= self.n_patches + 2,
+              f"context {self.context} does not hold an image of {self.n_patches} patches, "
+              f"BOS and one text token: use at least {self.n_patches + 2}")
+        for name, width, heads in (("width", self.width, self.heads),
+                                   ("vision_width", self.encoder_width, 0)):
+            check(split_heads(width, heads),
+                  f"{name} {width} does not split into {heads or 'two or more'} heads of an "
+                  "even size: use a multiple of 8")
 
 
 def split_heads(width, heads=0):
-    """The even head dim of a layer of this width, or 0 where there is none (rule: ModelConfig)."""
+    """The head dim of a layer of this width, or 0 where there is none: even, because RoPE turns
+    pairs of numbers. heads = 0 takes the divisor of the width nearest 64 that leaves two heads, a
+    multiple of 8 if there is one; ties go to the smaller."""
     if heads:
         return width // heads if width % (2 * heads) == 0 else 0
     dims = [d for d in range(2, width // 2 + 1, 2) if width % d == 0]
@@ -98,8 +91,8 @@ def split_heads(width, heads=0):
 
 
 def ffn_hidden(width, multiple=0):
-    """SwiGLU's hidden size: 8/3 of the width, rounded up, so that its three matrices cost what two
-    of the usual 4 x width would."""
+    """SwiGLU's hidden size: 8/3 of the width, so that its three matrices cost what two of the usual
+    4 x width would, rounded up. Below width 512, multiples of 256 would be mostly rounding."""
     multiple = multiple or (256 if width >= 512 else 16)
     return -(-int(8 * width / 3) // multiple) * multiple
 
@@ -236,6 +229,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    experts = top_k = 1  # as MoE has them
+
     def __init__(self, width, hidden, layer):
         super().__init__()
         self.w_gate, self.w_up = linear(width, hidden), linear(width, hidden)
@@ -249,17 +244,17 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block of the decoder or of the encoder."""
 
-    def __init__(self, cfg, width, head_dim, layer, moe="none"):
+    def __init__(self, cfg, layer):
         super().__init__()
+        width, hidden = cfg.width, cfg.hidden
         self.checkpointing = cfg.checkpointing
-        hidden = ffn_hidden(width, cfg.mlp_multiple)
         self.attention_norm, self.ffn_norm = norm(width), norm(width)
-        self.attention = Attention(width, head_dim, layer)
-        if moe == "none":
+        self.attention = Attention(width, cfg.head_dim, layer)
+        if cfg.moe == "none":
             self.ffn = SwiGLU(width, hidden, layer)
         else:
             hidden //= cfg.granularity
-            self.ffn = MoE(width, hidden, layer, cfg.experts, cfg.top_k, moe)
+            self.ffn = MoE(width, hidden, layer, cfg.experts, cfg.top_k, cfg.moe)
 
     def forward(self, x, mask=None, rope=None, modality=None, cache=None):
         """x (B,T,W), modality (B,T) 0 text, 1 image, -1 padding -> x (B,T,W), MoE stats or None.
@@ -287,8 +282,8 @@ class VisionEncoder(nn.Module):
         self.patch = linear(cfg.patch_dim, width)
         self.positions = nn.Parameter(torch.empty(cfg.n_patches, width))
         init_weight(self.positions, width)
-        self.blocks = nn.ModuleList(Block(cfg, width, split_heads(width), layer)
-                                    for layer in range(cfg.encoder_depth))
+        wide = replace(cfg, width=width, heads=0, moe="none", granularity=1)
+        self.blocks = nn.ModuleList(Block(wide, layer) for layer in range(cfg.encoder_depth))
         self.norm = norm(width)
         self.connector = linear(width, cfg.width)
 
@@ -317,8 +312,7 @@ class Model(nn.Module):
         init_weight(self.embedding.weight, cfg.width)  # std 1/sqrt(W), as in open_lm
         late = cfg.fusion == "late"
         self.vision = VisionEncoder(cfg) if late else linear(cfg.patch_dim, cfg.width)
-        self.blocks = nn.ModuleList(Block(cfg, cfg.width, cfg.head_dim, layer, cfg.moe)
-                                    for layer in range(cfg.depth))
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         self.norm = norm(cfg.width)
         # only weights that are not tied to the embedding reproduce the paper's counts
         self.head = linear(cfg.width, cfg.vocab_size)
@@ -389,9 +383,8 @@ class Model(nn.Module):
                        if p.ndim > 1 and name != "router")
 
         ffn, late = self.blocks[0].ffn, self.cfg.fusion == "late"
-        active, experts = (1, 1) if self.cfg.moe == "none" else (ffn.top_k, ffn.experts)
         inner = matrices(block.attention for block in self.blocks)
-        inner += matrices(block.ffn for block in self.blocks) * active // experts
+        inner += matrices(block.ffn for block in self.blocks) * ffn.top_k // ffn.experts
         return {"N": inner + matrices([self.embedding, self.head]),
                 "N_total": sum(p.numel() for p in self.parameters()),
                 "N_vision": matrices(self.vision.blocks) if late else 0,
@@ -429,44 +422,38 @@ def generate(model, parts, max_new_tokens, temperature=0.0, top_k=0, seed=0, sto
     likeliest if top_k > 0; the same seed gives the same text. n_vocab: ids from here on only pad
     the vocabulary and are never chosen."""
     batch = prompt_batch(parts, model.cfg, model.rope.device)
-    start, length = 0, batch["tokens"].shape[1]
+    length = batch["tokens"].shape[1]
     if length >= model.cfg.context:
         raise ValueError(f"a prompt of {length} positions leaves no room in the context of "
                          f"{model.cfg.context}: give fewer images or less text")
     generator = torch.Generator().manual_seed(seed)
     caches, ids = [[] for _ in model.blocks], []
-    while len(ids) < min(max_new_tokens, model.cfg.context - length):
-        x, _ = model.decode(batch, caches, start)                                # (1,T,W)
+    for end in range(length, min(length + max_new_tokens, model.cfg.context)):
+        x, _ = model.decode(batch, caches, end - batch["tokens"].shape[1])       # (1,T,W)
         logits = model.head(x[0, -1]).float().cpu()[:n_vocab]                    # (V,)
         token = sample(logits, temperature, top_k, generator)
         if token == stop:
             break
         ids.append(token)
-        start += batch["tokens"].shape[1]
-        one = torch.ones(1, 1, dtype=torch.long, device=model.rope.device)
-        batch = {"tokens": one * token, "doc": one, "patch_index": -one}         # (1,1) each
+        batch = prompt_batch([[token]], model.cfg, model.rope.device)
     return ids
 
 
 def prompt_batch(parts, cfg, device):
     """One row with one document: the fields of a batch that Model.decode reads."""
-    tokens, patch_index, images = [], [], []
+    images = [part for part in parts if isinstance(part, torch.Tensor)]
+    ids = []  # -1 at patches
     for part in parts:
-        if isinstance(part, torch.Tensor):
-            first = len(images) * cfg.n_patches
-            patch_index += range(first, first + cfg.n_patches)
-            tokens += [0] * cfg.n_patches
-            images.append(part)
-        else:
-            patch_index += [-1] * len(part)
-            tokens += part
-    if not tokens:
+        ids += [-1] * cfg.n_patches if isinstance(part, torch.Tensor) else part
+    if not ids:
         raise ValueError("the prompt is empty: give at least one token, such as end-of-text")
-    batch = {"tokens": torch.tensor([tokens]), "patch_index": torch.tensor([patch_index]),
-             "doc": torch.ones(1, len(tokens), dtype=torch.long)}                # (1,T) each
+    tokens = torch.tensor([ids], device=device)                                  # (1,T)
+    at = (tokens < 0).cumsum(1) - 1                                              # (1,T)
+    batch = {"tokens": tokens.clamp(min=0), "patch_index": at.where(tokens < 0, -1),
+             "doc": torch.ones_like(tokens)}                                     # (1,T) each
     if images:
-        batch["images"] = torch.stack(images)                                    # (I,P,patch_dim)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+        batch["images"] = torch.stack(images).to(device)                         # (I,P,patch_dim)
+    return batch
 
 
 def sample(logits, temperature, top_k, generator):
@@ -523,18 +510,19 @@ def adopt(model, weights, part, source):
     """Copies weights (name -> tensor) into a part of the model: "vision", the parameters that start
     with "vision.", or "decoder", all others. SystemExit, one line, before anything is copied, where
     a name or shape differs. The number of heads shows in no shape: take it from read_weights."""
-    ours, theirs = ({name: tensor for name, tensor in named
-                     if name.startswith("vision.") == (part == "vision")}
-                    for named in (model.named_parameters(), weights.items()))
+    def pick(named):
+        return {name: tensor for name, tensor in named
+                if name.startswith("vision.") == (part == "vision")}
+
+    ours, theirs = pick(model.named_parameters()), pick(weights.items())
     for name in ours | theirs:
         need, have = (tuple(side[name].shape) if name in side else "missing"
                       for side in (ours, theirs))
         if need == have:
             continue
-        remedy = "give the --width, --depth and --moe of the run it is from"
-        if part == "vision":
-            remedy = "give the --vision-width and --vision-depth of the run it is from"
-        elif name in ("embedding.weight", "head.weight") and need[0] != have[0]:
+        remedy = ("give the --width, --depth, --moe, --patch-size, --vision-width and "
+                  "--vision-depth of the run it is from")
+        if name in ("embedding.weight", "head.weight") and need[0] != have[0]:
             remedy = "pack the data with the tokenizer the weights were trained with"
         raise SystemExit(f"{source}: {name} is {have} there, {need} in this model: {remedy}")
     for name, parameter in ours.items():
