@@ -5,7 +5,7 @@ Dimensions: B rows, T positions of a row, W width, H heads, Hd head dim, F ffn h
 
 We follow section 2 of "Scaling Laws for Native Multimodal Models" (arXiv 2504.07951). The paper is
 silent about norms, positions, initial weights and the number of heads. There we follow open_lm's
-DCLM, the decoder it cites, and say so. The command line is `python -m tools.sample`.
+DCLM, the decoder it cites, and say so.
 """
 import math
 from dataclasses import dataclass, fields, replace
@@ -52,7 +52,6 @@ class ModelConfig:
         def check(holds, message):
             if not holds:
                 raise ValueError(message)
-
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.default in (0, False) else 1
@@ -69,10 +68,10 @@ class ModelConfig:
         check(self.moe == "learned" or self.granularity == 1,
               f"granularity {self.granularity} needs moe learned, not {self.moe}")
         check(self.hidden % self.granularity == 0,
-              f"ffn hidden size {self.hidden} is not divisible by granularity {self.granularity}")
+              f"ffn hidden {self.hidden} is not divisible by granularity {self.granularity}")
         check(self.context >= self.n_patches + 2,
-              f"context {self.context} does not hold an image of {self.n_patches} patches, "
-              f"BOS and one text token: use at least {self.n_patches + 2}")
+              f"context {self.context} does not hold BOS, the {self.n_patches} patches of an "
+              f"image and a text token: use at least {self.n_patches + 2}")
         for name, width, heads in (("width", self.width, self.heads),
                                    ("vision_width", self.encoder_width, 0)):
             check(split_heads(width, heads),
@@ -82,8 +81,8 @@ class ModelConfig:
 
 def split_heads(width, heads=0):
     """The head dim of a layer of this width, or 0 where there is none: even, because RoPE turns
-    pairs of numbers. heads = 0 takes the divisor of the width nearest 64 that leaves two heads, a
-    multiple of 8 if there is one; ties go to the smaller."""
+    pairs of numbers. For heads = 0 it is the divisor of the width nearest 64 that leaves two heads,
+    a multiple of 8 if there is one; ties go to the smaller."""
     if heads:
         return width // heads if width % (2 * heads) == 0 else 0
     dims = [d for d in range(2, width // 2 + 1, 2) if width % d == 0]
@@ -146,11 +145,9 @@ def block_mask(doc, image_id):
     """attention_mask for FlexAttention, which skips every block of 128 x 128 pairs without a True,
     so that documents in one row do not pay for each other. It is fast only under torch.compile."""
     from torch.nn.attention.flex_attention import create_block_mask  # its import takes a second
-
     def rule(b, h, query, key):
         return may_look(query, key, doc[b, query], doc[b, key],
                         image_id[b, query], image_id[b, key])
-
     rows, length = doc.shape
     return create_block_mask(rule, rows, None, length, length, device=doc.device)
 
@@ -174,8 +171,7 @@ def rope_table(length, head_dim, theta=10000.0):
 def rotate(x, rope):
     """x (B,T,H,Hd) -> float32, pair j of position t turned by its angle in rope (T,Hd/2,2)."""
     pairs = x.float().unflatten(-1, (-1, 2))                                     # (B,T,H,Hd/2,2)
-    # On a CPU one complex product is 3 to 4 times faster than four real ones, but torch.compile
-    # cannot generate complex kernels.
+    # One complex product is 3 to 4 times faster on a CPU, but torch.compile has no kernel for it.
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         turned = torch.view_as_complex(pairs) * torch.view_as_complex(rope)[:, None]
         return torch.view_as_real(turned).flatten(-2)                            # (B,T,H,Hd)
@@ -246,14 +242,13 @@ class Block(nn.Module):
 
     def __init__(self, cfg, layer):
         super().__init__()
-        width, hidden = cfg.width, cfg.hidden
         self.checkpointing = cfg.checkpointing
+        width, hidden = cfg.width, cfg.hidden // cfg.granularity
         self.attention_norm, self.ffn_norm = norm(width), norm(width)
         self.attention = Attention(width, cfg.head_dim, layer)
         if cfg.moe == "none":
             self.ffn = SwiGLU(width, hidden, layer)
         else:
-            hidden //= cfg.granularity
             self.ffn = MoE(width, hidden, layer, cfg.experts, cfg.top_k, cfg.moe)
 
     def forward(self, x, mask=None, rope=None, modality=None, cache=None):
@@ -339,11 +334,9 @@ class Model(nn.Module):
         if self.flex and not dense:
             return block_mask(doc, image_id)
         mask = attention_mask(doc, image_id)                                     # (B,1,T,T)
-        if mask.device.type != "cpu":
-            return mask
-        # On a CPU attention turns bools into numbers to add, in every layer again, which takes 4 to
-        # 10 % of its time. So we do it once.
-        return torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+        if mask.device.type == "cpu":  # or every layer would turn bools into numbers again
+            mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+        return mask
 
     def decode(self, batch, caches=None, start=0):
         """-> (B,T,W) normalised hidden states, and the layers' MoE stats (list). With caches (a
@@ -366,22 +359,19 @@ class Model(nn.Module):
         at = batch["target_index"]                                               # (K,)
         x = F.embedding(at, x.flatten(0, 1))                                     # (K,W)
         token_loss = head_loss(x, self.head.weight, batch["targets"].flatten()[at])
-        loss, counts = token_loss.sum(), None
-        balance = torch.zeros_like(loss)
+        balance, counts = token_loss.new_zeros(()), None
         if self.cfg.moe != "none":
             balance = torch.stack([s.balance for s in stats]).mean()
             counts = torch.stack([s.counts for s in stats])                      # (L,2,E)
-        return Output(loss, at.numel(), balance, token_loss.detach(), counts)
+        return Output(token_loss.sum(), len(at), balance, token_loss.detach(), counts)
 
     def num_params(self):
         """N is the count that reproduces the paper's sizes: the matrices of the decoder blocks (of
         the experts only the active ones, and no router), the token embedding and the head.
-        N_vision: the matrices of the encoder's blocks (late). N_nonembedding: N without embedding
-        and head. N_total: every parameter."""
+        N_nonembedding leaves these two out. N_vision: the matrices of the encoder's blocks."""
         def matrices(modules):
             return sum(p.numel() for module in modules for name, p in module.named_parameters()
                        if p.ndim > 1 and name != "router")
-
         ffn, late = self.blocks[0].ffn, self.cfg.fusion == "late"
         inner = matrices(block.attention for block in self.blocks)
         inner += matrices(block.ffn for block in self.blocks) * ffn.top_k // ffn.experts
@@ -403,7 +393,6 @@ def head_loss(x, weight, targets, max_logits=2 ** 26):
     at V = 50432, logits, softmax and gradient would be the largest tensors of a micro-batch."""
     def loss(x, targets):
         return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
-
     rows = max(1, max_logits // weight.shape[0])
     if len(x) <= rows:
         return loss(x, targets)
@@ -415,20 +404,18 @@ def head_loss(x, weight, targets, max_logits=2 ** 26):
 def generate(model, parts, max_new_tokens, temperature=0.0, top_k=0, seed=0, stop=None,
              n_vocab=None):
     """Continues a prompt with a KV cache -> the new ids, which end before the id `stop`, or where
-    the context ends. ValueError where the prompt is empty or fills the context.
-
-    parts: lists of token ids and images in any order, an image as uint8 (P,patch_dim) like
-    batch["images"]. temperature 0 takes the likeliest token; above 0 it is sampled, from the top_k
-    likeliest if top_k > 0; the same seed gives the same text. n_vocab: ids from here on only pad
-    the vocabulary and are never chosen."""
+    the context ends. parts: lists of ids and images in any order, an image as uint8 (P,patch_dim).
+    temperature 0 takes the likeliest token, otherwise one is drawn, from the top_k likeliest if
+    top_k > 0. n_vocab: ids from here on only pad the vocabulary and are never chosen. ValueError
+    where the prompt is empty or fills the context."""
     batch = prompt_batch(parts, model.cfg, model.rope.device)
-    length = batch["tokens"].shape[1]
-    if length >= model.cfg.context:
-        raise ValueError(f"a prompt of {length} positions leaves no room in the context of "
-                         f"{model.cfg.context}: give fewer images or less text")
+    length, context = batch["tokens"].shape[1], model.cfg.context
+    if not 0 < length < context:
+        raise ValueError(f"the prompt fills {length} of {context} positions: give at least 1 token "
+                         f"and at most {context - 1} positions of images and text")
     generator = torch.Generator().manual_seed(seed)
     caches, ids = [[] for _ in model.blocks], []
-    for end in range(length, min(length + max_new_tokens, model.cfg.context)):
+    for end in range(length, min(length + max_new_tokens, context)):
         x, _ = model.decode(batch, caches, end - batch["tokens"].shape[1])       # (1,T,W)
         logits = model.head(x[0, -1]).float().cpu()[:n_vocab]                    # (V,)
         token = sample(logits, temperature, top_k, generator)
@@ -445,9 +432,7 @@ def prompt_batch(parts, cfg, device):
     ids = []  # -1 at patches
     for part in parts:
         ids += [-1] * cfg.n_patches if isinstance(part, torch.Tensor) else part
-    if not ids:
-        raise ValueError("the prompt is empty: give at least one token, such as end-of-text")
-    tokens = torch.tensor([ids], device=device)                                  # (1,T)
+    tokens = torch.tensor([ids], dtype=torch.long, device=device)                                  # (1,T)
     at = (tokens < 0).cumsum(1) - 1                                              # (1,T)
     batch = {"tokens": tokens.clamp(min=0), "patch_index": at.where(tokens < 0, -1),
              "doc": torch.ones_like(tokens)}                                     # (1,T) each
@@ -468,20 +453,17 @@ def sample(logits, temperature, top_k, generator):
 
 
 def load_model(run_dir):
-    """The directory of a run of train.py -> its Model, on the CPU and in eval mode, and the data
-    settings (dict) it was trained with."""
+    """A run's directory -> its Model, on the CPU and in eval mode, and its data settings (dict)."""
     def build(ckpt):
         model = Model(ModelConfig(**ckpt["config"]["model"]))
         model.load_state_dict(ckpt["model"])
         return model.eval(), ckpt["config"]["data"]
-
     return read_checkpoint(run_dir, build)
 
 
 def read_weights(source):
-    """Weights to start from (paper 3.3) -> fields of ModelConfig (dict) and weights (parameter name
-    -> tensor on the CPU). The directory of a run of train.py has all the fields, a file of
-    tools.convert only the sizes."""
+    """Weights to start from (paper 3.3) -> fields of ModelConfig (dict; all of them from a run, only
+    the sizes from a file of tools.convert) and weights (parameter name -> tensor on the CPU)."""
     return read_checkpoint(source, lambda ckpt: (ckpt["config"]["model"], ckpt["model"]))
 
 
@@ -491,21 +473,20 @@ def read_checkpoint(source, take):
     path = Path(source, "ckpt.pt") if Path(source).is_dir() else Path(source)
     if not path.is_file():
         runs = ", ".join(str(p.parent) for p in sorted(path.parent.glob("*/ckpt.pt"))[:9])
-        raise SystemExit(f"{path} does not exist: name the directory of one run of train.py"
-                         + (f", as {runs}" if runs else ""))
+        hint = f", as {runs}" if runs else ""
+        raise SystemExit(f"{path} does not exist: name a run of train.py{hint}")
     try:  # weights_only, because a file from elsewhere must not run code
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if "config" in ckpt:
             return take(ckpt)
     except Exception as error:  # a file of another format can raise nearly anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise SystemExit(f"{path} is not a checkpoint of this code ({reason}): delete it and train "
-                         "again, or use the code it was trained with") from None
-    raise SystemExit(f"{path} is not a checkpoint of train.py. If it holds weights of open_lm or "
-                     f"DCLM, convert them: python -m tools.convert {path} --out FILE.pt")
+        raise SystemExit(f"{path} is not a checkpoint of this code ({reason}): "
+                         "delete it and train again") from None
+    raise SystemExit(f"{path} is not a checkpoint of train.py. If it is one of open_lm or DCLM: "
+                     f"python -m tools.convert {path} --out FILE.pt")
 
 
-@torch.no_grad()
 def adopt(model, weights, part, source):
     """Copies weights (name -> tensor) into a part of the model: "vision", the parameters that start
     with "vision.", or "decoder", all others. SystemExit, one line, before anything is copied, where
@@ -513,17 +494,14 @@ def adopt(model, weights, part, source):
     def pick(named):
         return {name: tensor for name, tensor in named
                 if name.startswith("vision.") == (part == "vision")}
-
     ours, theirs = pick(model.named_parameters()), pick(weights.items())
     for name in ours | theirs:
         need, have = (tuple(side[name].shape) if name in side else "missing"
                       for side in (ours, theirs))
-        if need == have:
-            continue
         remedy = ("give the --width, --depth, --moe, --patch-size, --vision-width and "
                   "--vision-depth of the run it is from")
-        if name in ("embedding.weight", "head.weight") and need[0] != have[0]:
+        if name == "embedding.weight" and need[0] != have[0]:
             remedy = "pack the data with the tokenizer the weights were trained with"
-        raise SystemExit(f"{source}: {name} is {have} there, {need} in this model: {remedy}")
-    for name, parameter in ours.items():
-        parameter.copy_(theirs[name])
+        if need != have:
+            raise SystemExit(f"{source}: {name} is {have} there, {need} in this model: {remedy}")
+    model.load_state_dict(theirs, strict=False)

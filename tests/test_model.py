@@ -346,8 +346,8 @@ def test_sampling():
     assert generate(model, [[1, 2]], 12, stop=greedy[3]) == greedy[:greedy.index(greedy[3])]
     assert max(generate(model, [[1]], 20, temperature=50.0, n_vocab=5)) < 5
     assert len(generate(model, [[1] * 20], 99)) == 4, "ends with the context of 24"
-    assert "no room" in one_line(ValueError, generate, model, [[1] * 24], 1)
-    assert "empty" in one_line(ValueError, generate, model, [[]], 1)
+    assert "24 of 24" in one_line(ValueError, generate, model, [[1] * 24], 1)
+    assert "0 of 24" in one_line(ValueError, generate, model, [[]], 1)
 
 
 @every_kind
