@@ -401,13 +401,12 @@ def head_loss(x, weight, targets, max_logits=2 ** 26):
 
 
 @torch.inference_mode()  # a sixth faster than no_grad for a small model
-def generate(model, parts, max_new_tokens, temperature=0.0, top_k=0, seed=0, stop=None,
-             n_vocab=None):
+def generate(model, parts, max_new_tokens, temperature=0.0, seed=0, stop=None, n_vocab=None):
     """Continues a prompt with a KV cache -> the new ids, which end before the id `stop`, or where
     the context ends. parts: lists of ids and images in any order, an image as uint8 (P,patch_dim).
-    temperature 0 takes the likeliest token, otherwise one is drawn, from the top_k likeliest if
-    top_k > 0. n_vocab: ids from here on only pad the vocabulary and are never chosen. ValueError
-    where the prompt is empty or fills the context."""
+    temperature 0 takes the likeliest token, otherwise one is drawn. n_vocab: ids from here on only
+    pad the vocabulary and are never chosen. ValueError where the prompt is empty or fills the
+    context."""
     batch = prompt_batch(parts, model.cfg, model.rope.device)
     length, context = batch["tokens"].shape[1], model.cfg.context
     if not 0 < length < context:
@@ -418,7 +417,10 @@ def generate(model, parts, max_new_tokens, temperature=0.0, top_k=0, seed=0, sto
     for end in range(length, min(length + max_new_tokens, context)):
         x, _ = model.decode(batch, caches, end - batch["tokens"].shape[1])       # (1,T,W)
         logits = model.head(x[0, -1]).float().cpu()[:n_vocab]                    # (V,)
-        token = sample(logits, temperature, top_k, generator)
+        token = int(logits.argmax())
+        if temperature:  # drawn on the CPU, where a seed means the same on every machine
+            probs = (logits / temperature).softmax(-1)                           # (V,)
+            token = int(torch.multinomial(probs, 1, generator=generator))
         if token == stop:
             break
         ids.append(token)
@@ -432,24 +434,13 @@ def prompt_batch(parts, cfg, device):
     ids = []  # -1 at patches
     for part in parts:
         ids += [-1] * cfg.n_patches if isinstance(part, torch.Tensor) else part
-    tokens = torch.tensor([ids], dtype=torch.long, device=device)                                  # (1,T)
+    tokens = torch.tensor([ids], device=device)                                  # (1,T)
     at = (tokens < 0).cumsum(1) - 1                                              # (1,T)
     batch = {"tokens": tokens.clamp(min=0), "patch_index": at.where(tokens < 0, -1),
              "doc": torch.ones_like(tokens)}                                     # (1,T) each
     if images:
         batch["images"] = torch.stack(images).to(device)                         # (I,P,patch_dim)
     return batch
-
-
-def sample(logits, temperature, top_k, generator):
-    """logits (V,) float32 -> an id. On the CPU, where a seed means the same on every machine."""
-    if temperature == 0:
-        return int(logits.argmax())
-    if top_k:
-        least = logits.topk(min(top_k, len(logits)))[0][-1]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    probs = (logits / temperature).softmax(-1)                                   # (V,)
-    return int(torch.multinomial(probs, 1, generator=generator))
 
 
 def load_model(run_dir):
