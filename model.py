@@ -54,7 +54,7 @@ class ModelConfig:
                 raise ValueError(message)
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.default in (0, False) else 1
+            least = 0 if field.default == 0 else 1
             check(isinstance(value, str) or value >= least,
                   f"{field.name} {value} is below {least}")
         check(self.fusion in ("early", "late"),
@@ -70,13 +70,12 @@ class ModelConfig:
         check(self.hidden % self.granularity == 0,
               f"ffn hidden {self.hidden} is not divisible by granularity {self.granularity}")
         check(self.context >= self.n_patches + 2,
-              f"context {self.context} does not hold BOS, the {self.n_patches} patches of an "
-              f"image and a text token: use at least {self.n_patches + 2}")
+              f"context {self.context} does not hold BOS, an image and one text token: "
+              f"use at least {self.n_patches + 2}")
         for name, width, heads in (("width", self.width, self.heads),
                                    ("vision_width", self.encoder_width, 0)):
-            check(split_heads(width, heads),
-                  f"{name} {width} does not split into {heads or 'two or more'} heads of an "
-                  "even size: use a multiple of 8")
+            check(split_heads(width, heads), f"{name} {width} does not split into "
+                  f"{heads or 'two or more'} heads of an even size: use a multiple of 8")
 
 
 def split_heads(width, heads=0):
@@ -225,10 +224,9 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    experts = top_k = 1  # as MoE has them
-
     def __init__(self, width, hidden, layer):
         super().__init__()
+        self.experts = self.top_k = 1  # as MoE has them
         self.w_gate, self.w_up = linear(width, hidden), linear(width, hidden)
         self.w_down = linear(hidden, width, layer)
 
@@ -253,8 +251,7 @@ class Block(nn.Module):
 
     def forward(self, x, mask=None, rope=None, modality=None, cache=None):
         """x (B,T,W), modality (B,T) 0 text, 1 image, -1 padding -> x (B,T,W), MoE stats or None.
-        The stats are returned, not stored, because checkpointing runs a block twice and would count
-        them twice."""
+        Stored stats would count twice, because checkpointing runs a block twice."""
         x = x + self.attention(self.attention_norm(x), mask, rope, cache)
         y, stats = self.ffn(self.ffn_norm(x), modality)
         return x + y, stats
@@ -315,9 +312,8 @@ class Model(nn.Module):
         self.register_buffer("rope", rope_table(cfg.context, cfg.head_dim), persistent=False)
 
     def embed(self, batch):
-        """-> (B,T,W): the patch's embedding at patches, the token's elsewhere. Both are always
-        computed, so that a text-only batch (with its dummy image) still gives every parameter a
-        gradient of zero. Otherwise DDP would wait for ever, or go wrong silently."""
+        """-> (B,T,W): the patch's embedding at patches, the token's elsewhere. Both always run (a
+        text-only batch has a dummy image), because DDP would wait for a missing gradient."""
         tokens = self.embedding(batch["tokens"])                                 # (B,T,W)
         if "images" not in batch:  # generate() past its prompt
             return tokens
@@ -381,8 +377,7 @@ class Model(nn.Module):
                 "N_nonembedding": inner}
 
     def flops(self, D, D_vision=0):
-        """Training FLOPs as the paper counts them (Table 1): 6 N D, late 6 (N_v D_v + N D). D: all
-        tokens, D_vision: the image tokens among them."""
+        """The paper's training FLOPs (Table 1), late 6 (N_v D_v + N D): D_v of the D are patches."""
         n = self.num_params()
         return 6 * (n["N_vision"] * D_vision + n["N"] * D)
 
@@ -404,9 +399,9 @@ def head_loss(x, weight, targets, max_logits=2 ** 26):
 def generate(model, parts, max_new_tokens, temperature=0.0, seed=0, stop=None, n_vocab=None):
     """Continues a prompt with a KV cache -> the new ids, which end before the id `stop`, or where
     the context ends. parts: lists of ids and images in any order, an image as uint8 (P,patch_dim).
-    temperature 0 takes the likeliest token, otherwise one is drawn. n_vocab: ids from here on only
-    pad the vocabulary and are never chosen. ValueError where the prompt is empty or fills the
-    context."""
+    temperature 0 takes the likeliest token, otherwise one is drawn, but never an id from n_vocab
+    on, which only pads the vocabulary. ValueError where the prompt is empty or fills the context.
+    """
     batch = prompt_batch(parts, model.cfg, model.rope.device)
     length, context = batch["tokens"].shape[1], model.cfg.context
     if not 0 < length < context:
@@ -482,17 +477,16 @@ def adopt(model, weights, part, source):
     """Copies weights (name -> tensor) into a part of the model: "vision", the parameters that start
     with "vision.", or "decoder", all others. SystemExit, one line, before anything is copied, where
     a name or shape differs. The number of heads shows in no shape: take it from read_weights."""
-    def pick(named):
-        return {name: tensor for name, tensor in named
+    def shapes(named):
+        return {name: tuple(tensor.shape) for name, tensor in named
                 if name.startswith("vision.") == (part == "vision")}
-    ours, theirs = pick(model.named_parameters()), pick(weights.items())
+    ours, theirs = shapes(model.named_parameters()), shapes(weights.items())
     for name in ours | theirs:
-        need, have = (tuple(side[name].shape) if name in side else "missing"
-                      for side in (ours, theirs))
+        need, have = (side.get(name, "missing") for side in (ours, theirs))
         remedy = ("give the --width, --depth, --moe, --patch-size, --vision-width and "
                   "--vision-depth of the run it is from")
         if name == "embedding.weight" and need[0] != have[0]:
             remedy = "pack the data with the tokenizer the weights were trained with"
         if need != have:
             raise SystemExit(f"{source}: {name} is {have} there, {need} in this model: {remedy}")
-    model.load_state_dict(theirs, strict=False)
+    model.load_state_dict({name: weights[name] for name in ours}, strict=False)
