@@ -3,9 +3,8 @@
 Dimensions: B rows, T positions of a row, W width, H heads, Hd head dim, F ffn hidden, L layers,
             I images in the batch, P patches of an image, V vocabulary, K text targets, E experts.
 
-We follow section 2 of "Scaling Laws for Native Multimodal Models" (arXiv 2504.07951). The paper is
-silent about norms, positions, initial weights and the number of heads. There we follow open_lm's
-DCLM, the decoder it cites, and say so.
+We follow section 2 of "Scaling Laws for Native Multimodal Models" (arXiv 2504.07951). Where it is
+silent (norms, positions, initial weights, heads) we follow open_lm's DCLM, the decoder it cites.
 """
 import math
 from dataclasses import dataclass, fields, replace
@@ -23,7 +22,7 @@ from moe import MoE
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides the parameters. ValueError, one line, where the fields do not fit.
-    0 = choose for me. Those rules are ours, because the paper gives none."""
+    0 = choose for me. The rules are ours, because the paper gives none."""
     fusion: str = "early"  # early: raw patches, no encoder; late: a ViT before the decoder
     moe: str = "none"  # none; learned: a router; modality: one text and one image expert
     experts: int = 8  # experts of a learned MoE layer
@@ -37,7 +36,7 @@ class ModelConfig:
     patch_size: int = 8  # pixels of a side
     vocab_size: int = 264  # ids the model can read and write
     mlp_multiple: int = 0  # ffn hidden is 8/3 width rounded up to this; 0: 256, small widths 16
-    vision_width: int = 0  # late fusion, of the encoder; 0: half of --width
+    vision_width: int = 0  # late fusion, of the encoder; 0: half of --width, in steps of 8
     vision_depth: int = 0  # late fusion, of the encoder; 0: as --depth
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
 
@@ -79,8 +78,8 @@ class ModelConfig:
 
 
 def split_heads(width, heads=0):
-    """The head dim of a layer of this width, or 0 where there is none: even, because RoPE turns
-    pairs of numbers. For heads = 0 it is the divisor of the width nearest 64 that leaves two heads,
+    """The head dim of a layer of this width, or 0 where there is none. It is even, because
+    RoPE turns pairs. For heads = 0 it is the divisor of the width nearest 64 that leaves two heads,
     a multiple of 8 if there is one; ties go to the smaller."""
     if heads:
         return width // heads if width % (2 * heads) == 0 else 0
@@ -197,8 +196,7 @@ def linear(fan_in, fan_out, layer=None):
 
 
 class Attention(nn.Module):
-    # q, k and v (and gate and up below) are separate matrices. The backward pass of a fused one
-    # would copy their gradients together, for 7 to 9 % of a small model's step on a CPU.
+    # Fusing q, k and v (or gate and up) would copy their gradients, 7 to 9 % of a step on a CPU.
     def __init__(self, width, head_dim, layer):
         super().__init__()
         self.heads = (-1, head_dim)
@@ -226,7 +224,7 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, width, hidden, layer):
         super().__init__()
-        self.experts = self.top_k = 1  # as MoE has them
+        self.experts = self.top_k = 1  # a dense layer is one expert for every token
         self.w_gate, self.w_up = linear(width, hidden), linear(width, hidden)
         self.w_down = linear(hidden, width, layer)
 
@@ -377,7 +375,7 @@ class Model(nn.Module):
                 "N_nonembedding": inner}
 
     def flops(self, D, D_vision=0):
-        """The paper's training FLOPs (Table 1), late 6 (N_v D_v + N D): D_v of the D are patches."""
+        """Training FLOPs (paper, Table 1): 6 (N_v D_v + N D) for D tokens, D_v of them patches."""
         n = self.num_params()
         return 6 * (n["N_vision"] * D_vision + n["N"] * D)
 
@@ -399,14 +397,12 @@ def head_loss(x, weight, targets, max_logits=2 ** 26):
 def generate(model, parts, max_new_tokens, temperature=0.0, seed=0, stop=None, n_vocab=None):
     """Continues a prompt with a KV cache -> the new ids, which end before the id `stop`, or where
     the context ends. parts: lists of ids and images in any order, an image as uint8 (P,patch_dim).
-    temperature 0 takes the likeliest token, otherwise one is drawn, but never an id from n_vocab
-    on, which only pads the vocabulary. ValueError where the prompt is empty or fills the context.
-    """
+    temperature 0 takes the likeliest token, otherwise one is drawn. Ids from n_vocab on only pad
+    the vocabulary and are never chosen. ValueError where the prompt is empty or fills the row."""
     batch = prompt_batch(parts, model.cfg, model.rope.device)
     length, context = batch["tokens"].shape[1], model.cfg.context
     if not 0 < length < context:
-        raise ValueError(f"the prompt fills {length} of {context} positions: give at least 1 token "
-                         f"and at most {context - 1} positions of images and text")
+        raise ValueError(f"the prompt has {length} tokens and patches: give 1 to {context - 1}")
     generator = torch.Generator().manual_seed(seed)
     caches, ids = [[] for _ in model.blocks], []
     for end in range(length, min(length + max_new_tokens, context)):
@@ -448,19 +444,21 @@ def load_model(run_dir):
 
 
 def read_weights(source):
-    """Weights to start from (paper 3.3) -> fields of ModelConfig (dict; all of them from a run, only
-    the sizes from a file of tools.convert) and weights (parameter name -> tensor on the CPU)."""
+    """Weights to start from (paper 3.3) -> fields of ModelConfig (dict; from a run all of them,
+    from a file of tools.convert the sizes) and weights (parameter name -> tensor on the CPU)."""
     return read_checkpoint(source, lambda ckpt: (ckpt["config"]["model"], ckpt["model"]))
 
 
 def read_checkpoint(source, take):
     """-> take(the checkpoint, a dict on the CPU). source: a run's directory or a .pt file.
     SystemExit, one line, where there is no file or `take` does not find in it what it needs."""
-    path = Path(source, "ckpt.pt") if Path(source).is_dir() else Path(source)
+    path = Path(source)
+    if path.is_dir():
+        path /= "ckpt.pt"
     if not path.is_file():
-        runs = ", ".join(str(p.parent) for p in sorted(path.parent.glob("*/ckpt.pt"))[:9])
-        hint = f", as {runs}" if runs else ""
-        raise SystemExit(f"{path} does not exist: name a run of train.py{hint}")
+        runs = sorted(path.parent.glob("*/ckpt.pt"))
+        hint = ", ".join(str(p.parent) for p in runs[:9])
+        raise SystemExit(f"{path} does not exist: name a run of train.py ({hint or 'none here'})")
     try:  # weights_only, because a file from elsewhere must not run code
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if "config" in ckpt:
@@ -469,7 +467,7 @@ def read_checkpoint(source, take):
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise SystemExit(f"{path} is not a checkpoint of this code ({reason}): "
                          "delete it and train again") from None
-    raise SystemExit(f"{path} is not a checkpoint of train.py. If it is one of open_lm or DCLM: "
+    raise SystemExit(f"{path} is not a checkpoint of train.py. If it is of open_lm or DCLM: "
                      f"python -m tools.convert {path} --out FILE.pt")
 
 
@@ -484,7 +482,7 @@ def adopt(model, weights, part, source):
     for name in ours | theirs:
         need, have = (side.get(name, "missing") for side in (ours, theirs))
         remedy = ("give the --width, --depth, --moe, --patch-size, --vision-width and "
-                  "--vision-depth of the run it is from")
+                  "--vision-depth of that run")
         if name == "embedding.weight" and need[0] != have[0]:
             remedy = "pack the data with the tokenizer the weights were trained with"
         if need != have:
