@@ -78,9 +78,9 @@ class ModelConfig:
 
 
 def split_heads(width, heads=0):
-    """The head dim of a layer of this width, or 0 where there is none. It is even, because
-    RoPE turns pairs. For heads = 0 it is the divisor of the width nearest 64 that leaves two heads,
-    a multiple of 8 if there is one; ties go to the smaller."""
+    """The head dim of a layer of this width, or 0 where there is none. It is even, because RoPE
+    turns pairs of numbers. For heads = 0 it is the divisor of the width nearest 64 that leaves two
+    heads, a multiple of 8 if there is one; ties go to the smaller."""
     if heads:
         return width // heads if width % (2 * heads) == 0 else 0
     dims = [d for d in range(2, width // 2 + 1, 2) if width % d == 0]
