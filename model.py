@@ -3,12 +3,11 @@
 Dimensions: B rows, T positions of a row, W width, H heads, Hd head dim, F ffn hidden, L layers,
             I images in the batch, P patches of an image, V vocabulary, K text targets, E experts.
 
-We follow section 2 of "Scaling Laws for Native Multimodal Models" (arXiv 2504.07951). The paper is
-silent about norms, positions, initial weights and the number of heads. There we follow open_lm's
-DCLM, the decoder it cites, and say so. The command line is `python -m tools.sample`.
+We follow section 2 of "Scaling Laws for Native Multimodal Models" (arXiv 2504.07951). Where it is
+silent (norms, positions, initial weights, heads) we follow open_lm's DCLM, the decoder it cites.
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,12 +22,7 @@ from moe import MoE
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides the parameters. ValueError, one line, where the fields do not fit.
-
-    0 = choose for me. The rules are ours, because the paper gives none. Head dim: the divisor of
-    `width` nearest 64 that leaves two heads, a multiple of 8 if there is one, else even; ties go to
-    the smaller. Ffn hidden: 8/3 of the width, rounded up to a multiple of 256, or of 16 below width
-    512, where 256 would be mostly rounding. Vision width: half the width, rounded up to a multiple
-    of 8."""
+    0 = choose for me. The rules are ours, because the paper gives none."""
     fusion: str = "early"  # early: raw patches, no encoder; late: a ViT before the decoder
     moe: str = "none"  # none; learned: a router; modality: one text and one image expert
     experts: int = 8  # experts of a learned MoE layer
@@ -42,11 +36,10 @@ class ModelConfig:
     patch_size: int = 8  # pixels of a side
     vocab_size: int = 264  # ids the model can read and write
     mlp_multiple: int = 0  # ffn hidden is 8/3 width rounded up to this; 0: 256, small widths 16
-    vision_width: int = 0  # late fusion, of the encoder; 0: half of --width
+    vision_width: int = 0  # late fusion, of the encoder; 0: half of --width, in steps of 8
     vision_depth: int = 0  # late fusion, of the encoder; 0: as --depth
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
 
-    # what follows from these fields
     head_dim = property(lambda self: split_heads(self.width, self.heads))
     hidden = property(lambda self: ffn_hidden(self.width, self.mlp_multiple))
     n_patches = property(lambda self: (self.image_size // self.patch_size) ** 2)
@@ -55,42 +48,39 @@ class ModelConfig:
     encoder_depth = property(lambda self: self.vision_depth or self.depth)
 
     def __post_init__(self):
-        for holds, message in self.checks():
+        def check(holds, message):
             if not holds:
                 raise ValueError(message)
-
-    def checks(self):
-        """Yields (condition, message). A condition may rely on the ones before it."""
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.default in (0, False) else 1
-            yield (isinstance(value, str) or value >= least,
-                   f"{field.name} {value} is below {least}")
-        yield (self.fusion in ("early", "late"),
-               f"fusion {self.fusion!r} is unknown: use early or late")
-        yield (self.moe in ("none", "learned", "modality"),
-               f"moe {self.moe!r} is unknown: use none, learned or modality")
-        yield (self.image_size % self.patch_size == 0,
-               f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        yield (self.moe != "learned" or self.top_k <= self.experts,
-               f"top_k {self.top_k} exceeds experts {self.experts}")
-        yield (self.moe == "learned" or self.granularity == 1,
-               f"granularity {self.granularity} needs moe learned, not {self.moe}")
-        yield (self.hidden % self.granularity == 0,
-               f"ffn hidden size {self.hidden} is not divisible by granularity {self.granularity}")
-        yield (self.context >= self.n_patches + 2,
-               f"context {self.context} is too short for one image of {self.n_patches} patches, "
-               f"BOS and one text token: use at least {self.n_patches + 2}")
-        yield (self.head_dim,
-               f"width {self.width} does not split into {self.heads or 'two or more'} heads of an "
-               "even size (RoPE turns pairs of numbers): use a multiple of 8")
-        yield (self.fusion == "early" or split_heads(self.encoder_width),
-               f"vision_width {self.encoder_width} does not split into two or more heads of an "
-               "even size: use a multiple of 8")
+            least = 0 if field.default == 0 else 1
+            check(isinstance(value, str) or value >= least,
+                  f"{field.name} {value} is below {least}")
+        check(self.fusion in ("early", "late"),
+              f"fusion {self.fusion!r} is unknown: use early or late")
+        check(self.moe in ("none", "learned", "modality"),
+              f"moe {self.moe!r} is unknown: use none, learned or modality")
+        check(self.image_size % self.patch_size == 0,
+              f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        check(self.moe != "learned" or self.top_k <= self.experts,
+              f"top_k {self.top_k} exceeds experts {self.experts}")
+        check(self.moe == "learned" or self.granularity == 1,
+              f"granularity {self.granularity} needs moe learned, not {self.moe}")
+        check(self.hidden % self.granularity == 0,
+              f"ffn hidden {self.hidden} is not divisible by granularity {self.granularity}")
+        check(self.context >= self.n_patches + 2,
+              f"context {self.context} does not hold BOS, an image and one text token: "
+              f"use at least {self.n_patches + 2}")
+        for name, width, heads in (("width", self.width, self.heads),
+                                   ("vision_width", self.encoder_width, 0)):
+            check(split_heads(width, heads), f"{name} {width} does not split into "
+                  f"{heads or 'two or more'} heads of an even size: use a multiple of 8")
 
 
 def split_heads(width, heads=0):
-    """The even head dim of a layer of this width, or 0 where there is none (rule: ModelConfig)."""
+    """The head dim of a layer of this width, or 0 where there is none. It is even, because RoPE
+    turns pairs of numbers. For heads = 0 it is the divisor of the width nearest 64 that leaves two
+    heads, a multiple of 8 if there is one; ties go to the smaller."""
     if heads:
         return width // heads if width % (2 * heads) == 0 else 0
     dims = [d for d in range(2, width // 2 + 1, 2) if width % d == 0]
@@ -98,8 +88,8 @@ def split_heads(width, heads=0):
 
 
 def ffn_hidden(width, multiple=0):
-    """SwiGLU's hidden size: 8/3 of the width, rounded up, so that its three matrices cost what two
-    of the usual 4 x width would."""
+    """SwiGLU's hidden size: 8/3 of the width, so that its three matrices cost what two of the usual
+    4 x width would, rounded up. Below width 512, multiples of 256 would be mostly rounding."""
     multiple = multiple or (256 if width >= 512 else 16)
     return -(-int(8 * width / 3) // multiple) * multiple
 
@@ -153,11 +143,9 @@ def block_mask(doc, image_id):
     """attention_mask for FlexAttention, which skips every block of 128 x 128 pairs without a True,
     so that documents in one row do not pay for each other. It is fast only under torch.compile."""
     from torch.nn.attention.flex_attention import create_block_mask  # its import takes a second
-
     def rule(b, h, query, key):
         return may_look(query, key, doc[b, query], doc[b, key],
                         image_id[b, query], image_id[b, key])
-
     rows, length = doc.shape
     return create_block_mask(rule, rows, None, length, length, device=doc.device)
 
@@ -181,8 +169,7 @@ def rope_table(length, head_dim, theta=10000.0):
 def rotate(x, rope):
     """x (B,T,H,Hd) -> float32, pair j of position t turned by its angle in rope (T,Hd/2,2)."""
     pairs = x.float().unflatten(-1, (-1, 2))                                     # (B,T,H,Hd/2,2)
-    # On a CPU one complex product is 3 to 4 times faster than four real ones, but torch.compile
-    # cannot generate complex kernels.
+    # One complex product is 3 to 4 times faster on a CPU, but torch.compile has no kernel for it.
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         turned = torch.view_as_complex(pairs) * torch.view_as_complex(rope)[:, None]
         return torch.view_as_real(turned).flatten(-2)                            # (B,T,H,Hd)
@@ -209,8 +196,7 @@ def linear(fan_in, fan_out, layer=None):
 
 
 class Attention(nn.Module):
-    # q, k and v (and gate and up below) are separate matrices. The backward pass of a fused one
-    # would copy their gradients together, for 7 to 9 % of a small model's step on a CPU.
+    # Fusing q, k and v (or gate and up) would copy their gradients, 7 to 9 % of a step on a CPU.
     def __init__(self, width, head_dim, layer):
         super().__init__()
         self.heads = (-1, head_dim)
@@ -238,6 +224,7 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, width, hidden, layer):
         super().__init__()
+        self.experts = self.top_k = 1  # a dense layer is one expert for every token
         self.w_gate, self.w_up = linear(width, hidden), linear(width, hidden)
         self.w_down = linear(hidden, width, layer)
 
@@ -249,22 +236,20 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block of the decoder or of the encoder."""
 
-    def __init__(self, cfg, width, head_dim, layer, moe="none"):
+    def __init__(self, cfg, layer):
         super().__init__()
         self.checkpointing = cfg.checkpointing
-        hidden = ffn_hidden(width, cfg.mlp_multiple)
+        width, hidden = cfg.width, cfg.hidden // cfg.granularity
         self.attention_norm, self.ffn_norm = norm(width), norm(width)
-        self.attention = Attention(width, head_dim, layer)
-        if moe == "none":
+        self.attention = Attention(width, cfg.head_dim, layer)
+        if cfg.moe == "none":
             self.ffn = SwiGLU(width, hidden, layer)
         else:
-            hidden //= cfg.granularity
-            self.ffn = MoE(width, hidden, layer, cfg.experts, cfg.top_k, moe)
+            self.ffn = MoE(width, hidden, layer, cfg.experts, cfg.top_k, cfg.moe)
 
     def forward(self, x, mask=None, rope=None, modality=None, cache=None):
         """x (B,T,W), modality (B,T) 0 text, 1 image, -1 padding -> x (B,T,W), MoE stats or None.
-        The stats are returned, not stored, because checkpointing runs a block twice and would count
-        them twice."""
+        Stored stats would count twice, because checkpointing runs a block twice."""
         x = x + self.attention(self.attention_norm(x), mask, rope, cache)
         y, stats = self.ffn(self.ffn_norm(x), modality)
         return x + y, stats
@@ -287,8 +272,8 @@ class VisionEncoder(nn.Module):
         self.patch = linear(cfg.patch_dim, width)
         self.positions = nn.Parameter(torch.empty(cfg.n_patches, width))
         init_weight(self.positions, width)
-        self.blocks = nn.ModuleList(Block(cfg, width, split_heads(width), layer)
-                                    for layer in range(cfg.encoder_depth))
+        wide = replace(cfg, width=width, heads=0, moe="none", granularity=1)
+        self.blocks = nn.ModuleList(Block(wide, layer) for layer in range(cfg.encoder_depth))
         self.norm = norm(width)
         self.connector = linear(width, cfg.width)
 
@@ -317,8 +302,7 @@ class Model(nn.Module):
         init_weight(self.embedding.weight, cfg.width)  # std 1/sqrt(W), as in open_lm
         late = cfg.fusion == "late"
         self.vision = VisionEncoder(cfg) if late else linear(cfg.patch_dim, cfg.width)
-        self.blocks = nn.ModuleList(Block(cfg, cfg.width, cfg.head_dim, layer, cfg.moe)
-                                    for layer in range(cfg.depth))
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         self.norm = norm(cfg.width)
         # only weights that are not tied to the embedding reproduce the paper's counts
         self.head = linear(cfg.width, cfg.vocab_size)
@@ -326,9 +310,8 @@ class Model(nn.Module):
         self.register_buffer("rope", rope_table(cfg.context, cfg.head_dim), persistent=False)
 
     def embed(self, batch):
-        """-> (B,T,W): the patch's embedding at patches, the token's elsewhere. Both are always
-        computed, so that a text-only batch (with its dummy image) still gives every parameter a
-        gradient of zero. Otherwise DDP would wait for ever, or go wrong silently."""
+        """-> (B,T,W): the patch's embedding at patches, the token's elsewhere. Both always run (a
+        text-only batch has a dummy image), because DDP would wait for a missing gradient."""
         tokens = self.embedding(batch["tokens"])                                 # (B,T,W)
         if "images" not in batch:  # generate() past its prompt
             return tokens
@@ -345,11 +328,9 @@ class Model(nn.Module):
         if self.flex and not dense:
             return block_mask(doc, image_id)
         mask = attention_mask(doc, image_id)                                     # (B,1,T,T)
-        if mask.device.type != "cpu":
-            return mask
-        # On a CPU attention turns bools into numbers to add, in every layer again, which takes 4 to
-        # 10 % of its time. So we do it once.
-        return torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+        if mask.device.type == "cpu":  # or every layer would turn bools into numbers again
+            mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+        return mask
 
     def decode(self, batch, caches=None, start=0):
         """-> (B,T,W) normalised hidden states, and the layers' MoE stats (list). With caches (a
@@ -372,34 +353,29 @@ class Model(nn.Module):
         at = batch["target_index"]                                               # (K,)
         x = F.embedding(at, x.flatten(0, 1))                                     # (K,W)
         token_loss = head_loss(x, self.head.weight, batch["targets"].flatten()[at])
-        loss, counts = token_loss.sum(), None
-        balance = torch.zeros_like(loss)
+        balance, counts = token_loss.new_zeros(()), None
         if self.cfg.moe != "none":
             balance = torch.stack([s.balance for s in stats]).mean()
             counts = torch.stack([s.counts for s in stats])                      # (L,2,E)
-        return Output(loss, at.numel(), balance, token_loss.detach(), counts)
+        return Output(token_loss.sum(), len(at), balance, token_loss.detach(), counts)
 
     def num_params(self):
         """N is the count that reproduces the paper's sizes: the matrices of the decoder blocks (of
         the experts only the active ones, and no router), the token embedding and the head.
-        N_vision: the matrices of the encoder's blocks (late). N_nonembedding: N without embedding
-        and head. N_total: every parameter."""
+        N_nonembedding leaves these two out. N_vision: the matrices of the encoder's blocks."""
         def matrices(modules):
             return sum(p.numel() for module in modules for name, p in module.named_parameters()
                        if p.ndim > 1 and name != "router")
-
         ffn, late = self.blocks[0].ffn, self.cfg.fusion == "late"
-        active, experts = (1, 1) if self.cfg.moe == "none" else (ffn.top_k, ffn.experts)
         inner = matrices(block.attention for block in self.blocks)
-        inner += matrices(block.ffn for block in self.blocks) * active // experts
+        inner += matrices(block.ffn for block in self.blocks) * ffn.top_k // ffn.experts
         return {"N": inner + matrices([self.embedding, self.head]),
                 "N_total": sum(p.numel() for p in self.parameters()),
                 "N_vision": matrices(self.vision.blocks) if late else 0,
                 "N_nonembedding": inner}
 
     def flops(self, D, D_vision=0):
-        """Training FLOPs as the paper counts them (Table 1): 6 N D, late 6 (N_v D_v + N D). D: all
-        tokens, D_vision: the image tokens among them."""
+        """Training FLOPs (paper, Table 1): 6 (N_v D_v + N D) for D tokens, D_v of them patches."""
         n = self.num_params()
         return 6 * (n["N_vision"] * D_vision + n["N"] * D)
 
@@ -410,7 +386,6 @@ def head_loss(x, weight, targets, max_logits=2 ** 26):
     at V = 50432, logits, softmax and gradient would be the largest tensors of a micro-batch."""
     def loss(x, targets):
         return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
-
     rows = max(1, max_logits // weight.shape[0])
     if len(x) <= rows:
         return loss(x, targets)
@@ -419,123 +394,97 @@ def head_loss(x, weight, targets, max_logits=2 ** 26):
 
 
 @torch.inference_mode()  # a sixth faster than no_grad for a small model
-def generate(model, parts, max_new_tokens, temperature=0.0, top_k=0, seed=0, stop=None,
-             n_vocab=None):
+def generate(model, parts, max_new_tokens, temperature=0.0, seed=0, stop=None, n_vocab=None):
     """Continues a prompt with a KV cache -> the new ids, which end before the id `stop`, or where
-    the context ends. ValueError where the prompt is empty or fills the context.
-
-    parts: lists of token ids and images in any order, an image as uint8 (P,patch_dim) like
-    batch["images"]. temperature 0 takes the likeliest token; above 0 it is sampled, from the top_k
-    likeliest if top_k > 0; the same seed gives the same text. n_vocab: ids from here on only pad
-    the vocabulary and are never chosen."""
+    the context ends. parts: lists of ids and images in any order, an image as uint8 (P,patch_dim).
+    temperature 0 takes the likeliest token, otherwise one is drawn. Ids from n_vocab on only pad
+    the vocabulary and are never chosen. ValueError where the prompt is empty or fills the row."""
     batch = prompt_batch(parts, model.cfg, model.rope.device)
-    start, length = 0, batch["tokens"].shape[1]
-    if length >= model.cfg.context:
-        raise ValueError(f"a prompt of {length} positions leaves no room in the context of "
-                         f"{model.cfg.context}: give fewer images or less text")
+    length, context = batch["tokens"].shape[1], model.cfg.context
+    if not 0 < length < context:
+        raise ValueError(f"the prompt has {length} tokens and patches: give 1 to {context - 1}")
     generator = torch.Generator().manual_seed(seed)
     caches, ids = [[] for _ in model.blocks], []
-    while len(ids) < min(max_new_tokens, model.cfg.context - length):
-        x, _ = model.decode(batch, caches, start)                                # (1,T,W)
+    for end in range(length, min(length + max_new_tokens, context)):
+        x, _ = model.decode(batch, caches, end - batch["tokens"].shape[1])       # (1,T,W)
         logits = model.head(x[0, -1]).float().cpu()[:n_vocab]                    # (V,)
-        token = sample(logits, temperature, top_k, generator)
+        token = int(logits.argmax())
+        if temperature:  # drawn on the CPU, where a seed means the same on every machine
+            probs = (logits / temperature).softmax(-1)                           # (V,)
+            token = int(torch.multinomial(probs, 1, generator=generator))
         if token == stop:
             break
         ids.append(token)
-        start += batch["tokens"].shape[1]
-        one = torch.ones(1, 1, dtype=torch.long, device=model.rope.device)
-        batch = {"tokens": one * token, "doc": one, "patch_index": -one}         # (1,1) each
+        batch = prompt_batch([[token]], model.cfg, model.rope.device)
     return ids
 
 
 def prompt_batch(parts, cfg, device):
     """One row with one document: the fields of a batch that Model.decode reads."""
-    tokens, patch_index, images = [], [], []
+    images = [part for part in parts if isinstance(part, torch.Tensor)]
+    ids = []  # -1 at patches
     for part in parts:
-        if isinstance(part, torch.Tensor):
-            first = len(images) * cfg.n_patches
-            patch_index += range(first, first + cfg.n_patches)
-            tokens += [0] * cfg.n_patches
-            images.append(part)
-        else:
-            patch_index += [-1] * len(part)
-            tokens += part
-    if not tokens:
-        raise ValueError("the prompt is empty: give at least one token, such as end-of-text")
-    batch = {"tokens": torch.tensor([tokens]), "patch_index": torch.tensor([patch_index]),
-             "doc": torch.ones(1, len(tokens), dtype=torch.long)}                # (1,T) each
+        ids += [-1] * cfg.n_patches if isinstance(part, torch.Tensor) else part
+    tokens = torch.tensor([ids], device=device)                                  # (1,T)
+    at = (tokens < 0).cumsum(1) - 1                                              # (1,T)
+    batch = {"tokens": tokens.clamp(min=0), "patch_index": at.where(tokens < 0, -1),
+             "doc": torch.ones_like(tokens)}                                     # (1,T) each
     if images:
-        batch["images"] = torch.stack(images)                                    # (I,P,patch_dim)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def sample(logits, temperature, top_k, generator):
-    """logits (V,) float32 -> an id. On the CPU, where a seed means the same on every machine."""
-    if temperature == 0:
-        return int(logits.argmax())
-    if top_k:
-        least = logits.topk(min(top_k, len(logits)))[0][-1]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    probs = (logits / temperature).softmax(-1)                                   # (V,)
-    return int(torch.multinomial(probs, 1, generator=generator))
+        batch["images"] = torch.stack(images).to(device)                         # (I,P,patch_dim)
+    return batch
 
 
 def load_model(run_dir):
-    """The directory of a run of train.py -> its Model, on the CPU and in eval mode, and the data
-    settings (dict) it was trained with."""
+    """A run's directory -> its Model, on the CPU and in eval mode, and its data settings (dict)."""
     def build(ckpt):
         model = Model(ModelConfig(**ckpt["config"]["model"]))
         model.load_state_dict(ckpt["model"])
         return model.eval(), ckpt["config"]["data"]
-
     return read_checkpoint(run_dir, build)
 
 
 def read_weights(source):
-    """Weights to start from (paper 3.3) -> fields of ModelConfig (dict) and weights (parameter name
-    -> tensor on the CPU). The directory of a run of train.py has all the fields, a file of
-    tools.convert only the sizes."""
+    """Weights to start from (paper 3.3) -> fields of ModelConfig (dict; from a run all of them,
+    from a file of tools.convert the sizes) and weights (parameter name -> tensor on the CPU)."""
     return read_checkpoint(source, lambda ckpt: (ckpt["config"]["model"], ckpt["model"]))
 
 
 def read_checkpoint(source, take):
     """-> take(the checkpoint, a dict on the CPU). source: a run's directory or a .pt file.
     SystemExit, one line, where there is no file or `take` does not find in it what it needs."""
-    path = Path(source, "ckpt.pt") if Path(source).is_dir() else Path(source)
+    path = Path(source)
+    if path.is_dir():
+        path /= "ckpt.pt"
     if not path.is_file():
-        runs = ", ".join(str(p.parent) for p in sorted(path.parent.glob("*/ckpt.pt"))[:9])
-        raise SystemExit(f"{path} does not exist: name the directory of one run of train.py"
-                         + (f", as {runs}" if runs else ""))
+        runs = sorted(path.parent.glob("*/ckpt.pt"))
+        hint = ", ".join(str(p.parent) for p in runs[:9])
+        raise SystemExit(f"{path} does not exist: name a run of train.py ({hint or 'none here'})")
     try:  # weights_only, because a file from elsewhere must not run code
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if "config" in ckpt:
             return take(ckpt)
     except Exception as error:  # a file of another format can raise nearly anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise SystemExit(f"{path} is not a checkpoint of this code ({reason}): delete it and train "
-                         "again, or use the code it was trained with") from None
-    raise SystemExit(f"{path} is not a checkpoint of train.py. If it holds weights of open_lm or "
-                     f"DCLM, convert them: python -m tools.convert {path} --out FILE.pt")
+        raise SystemExit(f"{path} is not a checkpoint of this code ({reason}): "
+                         "delete it and train again") from None
+    raise SystemExit(f"{path} is not a checkpoint of train.py. If it is of open_lm or DCLM: "
+                     f"python -m tools.convert {path} --out FILE.pt")
 
 
-@torch.no_grad()
 def adopt(model, weights, part, source):
     """Copies weights (name -> tensor) into a part of the model: "vision", the parameters that start
     with "vision.", or "decoder", all others. SystemExit, one line, before anything is copied, where
     a name or shape differs. The number of heads shows in no shape: take it from read_weights."""
-    ours, theirs = ({name: tensor for name, tensor in named
-                     if name.startswith("vision.") == (part == "vision")}
-                    for named in (model.named_parameters(), weights.items()))
+    def shapes(named):
+        return {name: tuple(tensor.shape) for name, tensor in named
+                if name.startswith("vision.") == (part == "vision")}
+    ours, theirs = shapes(model.named_parameters()), shapes(weights.items())
     for name in ours | theirs:
-        need, have = (tuple(side[name].shape) if name in side else "missing"
-                      for side in (ours, theirs))
-        if need == have:
-            continue
-        remedy = "give the --width, --depth and --moe of the run it is from"
-        if part == "vision":
-            remedy = "give the --vision-width and --vision-depth of the run it is from"
-        elif name in ("embedding.weight", "head.weight") and need[0] != have[0]:
+        need, have = (side.get(name, "missing") for side in (ours, theirs))
+        remedy = ("give the --width, --depth, --moe, --patch-size, --vision-width and "
+                  "--vision-depth of that run")
+        if name == "embedding.weight" and need[0] != have[0]:
             remedy = "pack the data with the tokenizer the weights were trained with"
-        raise SystemExit(f"{source}: {name} is {have} there, {need} in this model: {remedy}")
-    for name, parameter in ours.items():
-        parameter.copy_(theirs[name])
+        if need != have:
+            raise SystemExit(f"{source}: {name} is {have} there, {need} in this model: {remedy}")
+    model.load_state_dict({name: weights[name] for name in ours}, strict=False)

@@ -3,9 +3,8 @@
 Dimensions: B rows, T positions, N = B*T tokens, W width, F ffn hidden, E experts,
             K experts a token (top_k), S = N*K slots (a slot is one token at one expert).
 
-The paper's MoE (section 4) is the dropless one of MegaBlocks: each token chooses its K most
-probable experts, experts have no capacity, so no token is dropped, and every feed-forward layer is
-replaced. train.py adds the load-balancing loss with the paper's weight of 0.01.
+The paper's MoE (section 4) is the dropless one of MegaBlocks in every layer: experts have no
+capacity, so no token is dropped. train.py weights the load-balancing loss by the paper's 0.01.
 """
 from typing import NamedTuple
 
@@ -15,8 +14,8 @@ from torch import nn
 
 
 class Stats(NamedTuple):
-    """What one layer reports of one forward pass. Padding counts in neither field."""
-    balance: torch.Tensor   # () float32, load_balancing_loss, 1.0 at perfect balance
+    """What one layer reports of one forward pass, padding left out."""
+    balance: torch.Tensor   # () float32, load_balancing_loss, 0 without a router
     counts: torch.Tensor    # (2,E) float32, number of (text, image) tokens sent to each expert
 
 
@@ -26,32 +25,25 @@ class MoE(nn.Module):
     routing="learned": a router without bias, in fp32, gives each token a softmax over the experts.
     The K most probable ones run, and each output is scaled by its probability, which is not
     renormalised over the K. The router never sees `modality`.
-    routing="modality": there is no router. Expert 0 takes the text tokens and expert 1 the image
-    tokens, and their outputs are not scaled.
+    routing="modality": expert 0 takes the text tokens and expert 1 the image tokens, unscaled.
 
-    modality: 0 text, 1 image, -1 padding. Padding runs as if it were text, because then no shape
-    depends on the data. It is left out of the balance loss and of the counts, or they would
-    measure packing, not routing.
+    modality: 0 text, 1 image, -1 padding. Padding runs like text, because then no shape depends on
+    the data. The balance loss and the counts leave it out, or they would measure packing.
 
     One 3-D tensor holds a weight of all experts, so that an expert without tokens has a gradient
-    of zero instead of none, and DDP never waits for it. Each expert starts like a dense layer.
-    """
+    of zero instead of none, and DDP never waits for it."""
 
-    def __init__(self, width: int, hidden: int, layer: int, experts: int = 8, top_k: int = 1,
-                 routing: str = "learned"):
+    def __init__(self, width, hidden, layer, experts, top_k=1, routing="learned"):
         super().__init__()
         self.learned = routing == "learned"
         self.experts, self.top_k = (experts, top_k) if self.learned else (2, 1)
 
-        def weight(fan_in, *shape):  # drawn as init_weight in model.py draws the dense layer
-            std = fan_in ** -0.5
-            return nn.Parameter(
-                nn.init.trunc_normal_(torch.empty(shape), std=std, a=-3 * std, b=3 * std))
-
+        def weight(fan_in, *shape):  # as init_weight in model.py, for each expert
+            std, drawn = fan_in ** -0.5, torch.empty(shape)
+            return nn.Parameter(nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std))
         self.w_gate = weight(width, self.experts, hidden, width)                 # (E,F,W)
         self.w_up = weight(width, self.experts, hidden, width)                   # (E,F,W)
-        into_residual = hidden * 2 * (layer + 1)
-        self.w_down = weight(into_residual, self.experts, width, hidden)         # (E,W,F)
+        self.w_down = weight(hidden * 2 * (layer + 1), self.experts, width, hidden)  # (E,W,F)
         if self.learned:
             self.router = weight(width, self.experts, width)                     # (E,W)
 
@@ -61,27 +53,26 @@ class MoE(nn.Module):
             gates, chosen, probs = route(flat, self.router, self.top_k)          # (N,K) (N,K) (N,E)
         else:
             gates, chosen, probs = None, (modality == 1).long()[:, None], None   # (N,1)
-        # a one-hot map, because bincount would synchronise with the GPU
-        expert = torch.arange(self.experts, device=x.device)                     # (E,)
-        hot = (chosen[:, :, None] == expert).sum(1)                              # (N,E)
+        # bincount would synchronise with the GPU, one_hot does not
+        hot = F.one_hot(chosen, self.experts).sum(1)                             # (N,E)
         y = self.dispatch(flat, chosen, hot.sum(0), gates)                       # (N,W)
         return y.unflatten(0, x.shape[:2]), summary(hot, probs, modality)        # (B,T,W)
 
     def dispatch(self, x, chosen, load, gates):
-        """Runs the experts on tokens sorted by expert, so that each works on one contiguous slice.
-
-        x (N,W), chosen (N,K) int64 expert ids, load (E,) int64 slots of each expert, gates (N,K)
-        or None -> (N,W)."""
+        """Sorts the slots by expert, so that each expert runs on one contiguous slice. x (N,W),
+        chosen (N,K) int64 expert ids, load (E,) int64 slots of each expert, gates (N,K) or None
+        -> (N,W)."""
         order = chosen.flatten().argsort(stable=True)                            # (S,) slot ids
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=x.device)                 # the inverse
         weights = self.w_gate, self.w_up, self.w_down
-        device = x.device.type
-        if torch.is_autocast_enabled(device):  # autocast knows linear but not grouped_mm
-            dtype = torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(x.device.type):  # autocast knows linear but not grouped_mm
+            dtype = torch.get_autocast_dtype(x.device.type)
             x, *weights = (tensor.to(dtype) for tensor in (x, *weights))
         slots = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1)              # (S,W)
         slots = Reorder.apply(slots, order, place)                               # by expert
+        fast = grouped_mm_is_fast(slots, weights[-1])
+        run_experts = grouped_experts if fast else looped_experts
         slots = run_experts(slots, *weights, load)                               # (S,W)
         slots = Reorder.apply(slots, place, order).unflatten(0, chosen.shape)    # (N,K,W)
         if gates is not None:
@@ -104,11 +95,9 @@ class Reorder(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None                         # (S,W)
 
 
-def route(x, router, top_k: int):
-    """x (N,W), router (E,W) -> gates (N,K) fp32, chosen (N,K) int64, probs (N,E) fp32.
-
-    It runs in fp32 under autocast too. In bf16 nearly equal experts would tie, and the choice
-    between them would be noise."""
+def route(x, router, top_k):
+    """x (N,W), router (E,W) -> gates (N,K) fp32, chosen (N,K) int64, probs (N,E) fp32. In bf16
+    nearly equal experts would tie, and the choice between them would be noise."""
     with torch.autocast(x.device.type, enabled=False):
         probs = F.linear(x.float(), router.float()).softmax(-1)                  # (N,E)
     if top_k == 1:  # max is several times faster than topk on a CPU
@@ -118,9 +107,8 @@ def route(x, router, top_k: int):
     return gates, chosen, probs
 
 
-def summary(hot, probs, modality) -> Stats:
-    """hot (N,E) slots of a token at an expert, probs (N,E) or None without a router, modality (N,)
-    -> the layer's Stats."""
+def summary(hot, probs, modality):
+    """hot (N,E) slots of a token at an expert, probs (N,E) or None, modality (N,) -> Stats."""
     with torch.autocast(hot.device.type, enabled=False):  # bf16 cannot count above 256
         is_kind = torch.stack([modality == 0, modality == 1]).float()            # (2,N)
         counts = is_kind @ hot.float()                                           # (2,E)
@@ -141,21 +129,11 @@ def load_balancing_loss(load, mean_prob) -> torch.Tensor:
     return len(load) * (share * mean_prob).sum()
 
 
-def run_experts(x, w_gate, w_up, w_down, load):
-    """Each expert's SwiGLU on its own slice of x.
-
-    x (S,W) sorted by expert, w_gate and w_up (E,F,W), w_down (E,W,F), load (E,) int64 lengths of
-    the slices, whose sum is S -> (S,W)."""
-    way = grouped_experts if grouped_mm_is_fast(x, w_down) else looped_experts
-    return way(x, w_gate, w_up, w_down, load)
-
-
-def grouped_mm_is_fast(x, w_down) -> bool:
+def grouped_mm_is_fast(x, w_down):
     """Whether torch has a kernel of its own for grouped_mm here: bf16 on Hopper, torch 2.10 or
-    newer, rows of a multiple of 16 bytes. Elsewhere grouped_mm loops inside torch and is no faster
-    than our loop, and on Blackwell an expert without tokens makes its gradients wrong (pytorch
-    issue 172439). torch.compile knows all of this while it traces, so a compiled layer stays one
-    graph. `python -m tools.check` compares both ways on your GPU."""
+    newer, rows of a multiple of 16 bytes. Elsewhere it is no faster than our loop, and on Blackwell
+    an expert without tokens makes its gradients wrong (pytorch issue 172439). torch.compile knows
+    all of this while it traces. `python -m tools.check` compares both ways on your GPU."""
     if not (x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")):
         return False
     aligned = all(size % 8 == 0 for size in w_down.shape[1:])  # 8 numbers of 2 bytes
@@ -163,7 +141,9 @@ def grouped_mm_is_fast(x, w_down) -> bool:
 
 
 def grouped_experts(x, w_gate, w_up, w_down, load):
-    """One kernel runs all experts; the ends of the slices stay on the device."""
+    """x (S,W) sorted by expert, w_gate and w_up (E,F,W), w_down (E,W,F), load (E,) int64 lengths of
+    the slices, whose sum is S -> (S,W), each expert's SwiGLU on its slice. One kernel runs all
+    experts; the ends of the slices stay on the device."""
     ends = load.cumsum(0).to(torch.int32)                                        # (E,)
     w_gate, w_up, w_down = (w.transpose(1, 2) for w in (w_gate, w_up, w_down))
     gate = F.silu(F.grouped_mm(x, w_gate, offs=ends))                            # (S,F)
@@ -173,8 +153,7 @@ def grouped_experts(x, w_gate, w_up, w_down, load):
 
 def looped_experts(x, w_gate, w_up, w_down, load):
     """The same, one expert after another. On a GPU tolist() waits for the device."""
-    outputs = []
-    slices = x.split(load.tolist())
+    outputs, slices = [], x.split(load.tolist())
     for part, gate, up, down in zip(slices, w_gate.unbind(), w_up.unbind(), w_down.unbind()):
         hidden = F.silu(F.linear(part, gate)) * F.linear(part, up)               # (load_e,F)
         outputs.append(F.linear(hidden, down))                                   # (load_e,W)

@@ -36,7 +36,7 @@ def test_mistakes_of_sample_end_in_one_line(tmp_path):
     for args, named in (([tmp_path / "nowhere"], broken), ([broken], broken), ([other], other),
                         ([run, "--image", tmp_path / "none.png"], "none.png"),
                         ([run, "--image", tmp_path / "no.png"], "no.png"),
-                        ([run, "--prompt", "x" * 30], "fewer images or less text"),
+                        ([run, "--prompt", "x" * 30], "give 1 to 23"),
                         ([run, "--promt", "x"], "--prompt")):
         assert str(named) in one_line(SystemExit, sample.main, [str(arg) for arg in args])
 

@@ -33,7 +33,6 @@ def main(argv=None):
     parser.add_argument("--prompt", default="", help="text after the images")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among this many, 0: all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     model, data = load_model(args.run_dir)
@@ -44,7 +43,7 @@ def main(argv=None):
     parts = [[tokenizer.eot_token], *map(torch.from_numpy, images),
              tokenizer.encode_ordinary(args.prompt)]
     try:
-        ids = generate(model, parts, args.max_new_tokens, args.temperature, args.top_k, args.seed,
+        ids = generate(model, parts, args.max_new_tokens, args.temperature, args.seed,
                        stop=tokenizer.eot_token, n_vocab=tokenizer.n_vocab)
     except ValueError as error:
         raise SystemExit(f"{parser.prog}: {error}") from None
