@@ -394,11 +394,13 @@ def head_loss(x, weight, targets, max_logits=2 ** 26):
 
 
 @torch.inference_mode()  # a sixth faster than no_grad for a small model
-def generate(model, parts, max_new_tokens, temperature=0.0, seed=0, stop=None, n_vocab=None):
+def generate(model, parts, max_new_tokens, temperature=0.0, top_k=0, seed=0, stop=None,
+             n_vocab=None):
     """Continues a prompt with a KV cache -> the new ids, which end before the id `stop`, or where
     the context ends. parts: lists of ids and images in any order, an image as uint8 (P,patch_dim).
-    temperature 0 takes the likeliest token, otherwise one is drawn. Ids from n_vocab on only pad
-    the vocabulary and are never chosen. ValueError where the prompt is empty or fills the row."""
+    temperature 0 takes the likeliest token, otherwise one is drawn, of the top_k likeliest if given.
+    Ids from n_vocab on only pad the vocabulary and are never chosen. ValueError where the prompt is
+    empty or fills the row."""
     batch = prompt_batch(parts, model.cfg, model.rope.device)
     length, context = batch["tokens"].shape[1], model.cfg.context
     if not 0 < length < context:
@@ -410,6 +412,8 @@ def generate(model, parts, max_new_tokens, temperature=0.0, seed=0, stop=None, n
         logits = model.head(x[0, -1]).float().cpu()[:n_vocab]                    # (V,)
         token = int(logits.argmax())
         if temperature:  # drawn on the CPU, where a seed means the same on every machine
+            least = logits.sort().values[-min(top_k, len(logits))]  # of all, if it is 0
+            logits = logits.masked_fill(logits < least, -math.inf)
             probs = (logits / temperature).softmax(-1)                           # (V,)
             token = int(torch.multinomial(probs, 1, generator=generator))
         if token == stop:

@@ -343,7 +343,8 @@ def test_sampling():
     assert draw[0] == draw[1] != draw[2]
     greedy = generate(model, [[1, 2]], 12)
     assert generate(model, [[1, 2]], 12, stop=greedy[3]) == greedy[:greedy.index(greedy[3])]
-    assert max(generate(model, [[1]], 20, temperature=50.0, n_vocab=5)) < 5
+    assert generate(model, [[1, 2]], 12, temperature=2.0, top_k=1) == greedy
+    assert max(generate(model, [[1]], 20, temperature=50.0, top_k=99, n_vocab=5)) < 5
     assert len(generate(model, [[1] * 20], 99)) == 4, "ends with the context of 24"
     assert "has 24" in one_line(ValueError, generate, model, [[1] * 24], 1)
     assert "give 1 to 23" in one_line(ValueError, generate, model, [[]], 1)

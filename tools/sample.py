@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from data import get_tokenizer, patchify, square
+from data import check, get_tokenizer, patchify, square
 from model import generate, load_model
 from train import Parser
 
@@ -33,8 +33,11 @@ def main(argv=None):
     parser.add_argument("--prompt", default="", help="text after the images")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among this many, 0: all")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    check(args.temperature >= 0 and args.top_k >= 0,
+          f"--temperature {args.temperature} --top-k {args.top_k}: need 0 or more")
     model, data = load_model(args.run_dir)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, cfg = get_tokenizer(data["tokenizer"]), model.cfg
@@ -43,7 +46,7 @@ def main(argv=None):
     parts = [[tokenizer.eot_token], *map(torch.from_numpy, images),
              tokenizer.encode_ordinary(args.prompt)]
     try:
-        ids = generate(model, parts, args.max_new_tokens, args.temperature, args.seed,
+        ids = generate(model, parts, args.max_new_tokens, args.temperature, args.top_k, args.seed,
                        stop=tokenizer.eot_token, n_vocab=tokenizer.n_vocab)
     except ValueError as error:
         raise SystemExit(f"{parser.prog}: {error}") from None
