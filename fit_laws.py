@@ -227,12 +227,12 @@ def diagnose(runs, problem, theta):
         flags.append("D is the same in all runs: B, beta and E cannot be told apart")
     elif condition > 1e5:
         flags.append("the points lie on one ridge, where N and D grow together")
-    sizes, errors = (theta[3], theta[4], 1), (error[3], error[4], error[2])
-    for names, p, size, se in zip(("A alpha", "B beta", "E"), share, sizes, errors):
-        lost = p.max() < 1e-3 or condition > 1e5 or not 0 < size <= 2
-        if lost or se > 0.5 * size:
+    for term, names, j in ((0, "A alpha", 3), (1, "B beta", 4), (2, "E", 2)):
+        size = 1 if j == 2 else theta[j]  # an error of 0.5 in ln E, or of half an exponent
+        gone = share[term].max() < 1e-3 or condition > 1e5
+        if gone or not 0 < size <= 2 or error[j] > 0.5 * size:
             weak += names.split()
-            flags.append(f"{names} not identified (+- {se:.1g})")
+            flags.append(f"{names} not identified (+- {error[j]:.1g})")
     return condition, flags, [name for name in NAMES if name in weak]
 
 
@@ -327,14 +327,11 @@ def fit_line(x, y):
 
 
 def hull(x, y):
-    """Rows on the falling lower convex hull of points (n,), from left to right (C.3).
-
-    From the leftmost point, always go to the point to which the line falls most steeply.
-    """
+    """Rows on the falling lower convex hull of points (n,), from left to right (C.3)."""
     at = np.lexsort((y, x))[0]
     while True:
         yield at
-        right = np.flatnonzero(x > x[at])
+        right = np.flatnonzero(x > x[at])  # go where the line falls most steeply
         slope = (y[right] - y[at]) / (x[right] - x[at])
         if slope.min(initial=0) == 0:
             return
@@ -344,8 +341,7 @@ def hull(x, y):
 def envelope(C, L, cut):
     """c of the frontier L ~ C^c from `cut` FLOPs on; NaN where it has one point.
 
-    As in the paper, this is a line along the hull at 200 values of C in equal steps. The range
-    and the steps decide c.
+    As in the paper, a line along the hull at 200 values of C in equal steps, which decide c.
     """
     x, y = np.log(C), np.log(L)
     rows = list(hull(x, y))
@@ -499,8 +495,9 @@ def quality(coef, runs):
 
 
 def study(runs, args, stream):
-    """Fit and resample one group -> runs, fit, record (all numbers, as in laws.json), and of K
-    resamples the weight (K, n), refits draws (K, 5), samples {name: (K,)}. `stream` seeds them."""
+    """Fit and resample one group -> its runs, fit and record (all numbers, as in laws.json),
+    cluster (n,), and of K resamples the weight (K, n), refits draws (K, 5), samples {name: (K,)}.
+    `stream` seeds the resamples, so that groups are independent."""
     rule = args.holdout or "N<0"
     if rule.isdecimal():
         rule = f"N>={np.unique(runs.N)[-int(rule) :][0]}"
@@ -523,7 +520,7 @@ def study(runs, args, stream):
     if ci and fit.condition > 1e5:  # resamples stop anywhere on a ridge
         ci |= dict.fromkeys([*fit.unidentified, *"abd"])
     record = {"name": runs.name, **values, **quality(fit.coef, runs), "ci": ci}
-    record |= {"cut": cut, "floor": runs.floor, "not_identified": fit.unidentified}
+    record |= {"floor": runs.floor, "cut": cut, "not_identified": fit.unidentified}
     record |= {k: getattr(fit, k) for k in ("objective", "gradient", "condition", "flags")}
     record["holdout"] = quality(fit.coef, test) if held.any() else None
     s = SimpleNamespace(runs=runs, fit=fit, weight=weight, draws=draws,
@@ -648,8 +645,8 @@ def draw(studies, path):
         ax.plot(C, optimum(coef, C, runs.vision)[2], "k--", label="frontier L(C)")
         ax.axhline(np.exp(coef[2]), color="k", ls=":", label="fitted E")
         ax.axhline(runs.floor, color="0.5", ls="-.", label="true floor")
-        ax.set(xscale="log", yscale="log", xlabel="training FLOPs C")
-        ax.set(ylabel="loss (nats)", title=runs.name)
+        ax.set(xscale="log", yscale="log", title=runs.name)
+        ax.set(xlabel="training FLOPs C", ylabel="loss (nats)")
         ax.legend(fontsize=7, frameon=False)
     page.savefig(path, dpi=150)
 
@@ -673,17 +670,18 @@ def parse_args(argv=None, manual=__doc__, switches=()):
     p.add_argument("path", nargs="*")
     p.add_argument("--where", action="append", default=[])
     p.add_argument("--compare", nargs=2)
-    for flag in ("--group-by", "--loss", "--holdout", "--cluster"):
-        p.add_argument(flag)
-    for flag in ("--best-per-cell", "--no-plots", *switches):
-        p.add_argument(flag, action="store_true")
-    p.add_argument("--budget", type=flops)
-    p.add_argument("--bootstrap", type=int)
-    p.add_argument("--delta", type=float)
+    p.add_argument("--group-by")
+    p.add_argument("--loss", default="loss")
+    p.add_argument("--holdout")
+    p.add_argument("--cluster")
+    p.add_argument("--budget", type=flops, default=[])
+    p.add_argument("--bootstrap", type=int, default=1000)
+    p.add_argument("--delta", type=float, default=1e-3)
     p.add_argument("--min-budget", type=float)
     p.add_argument("--out", type=Path)
     p.add_argument("--json", type=Path)
-    p.set_defaults(loss="loss", budget=[], bootstrap=1000, delta=1e-3)
+    for flag in ("--best-per-cell", "--no-plots", *switches):
+        p.add_argument(flag, action="store_true")
     args, unknown = p.parse_known_args(argv)
     for flag in unknown[:1]:
         near = difflib.get_close_matches(flag, p._option_string_actions, 1)
@@ -691,8 +689,8 @@ def parse_args(argv=None, manual=__doc__, switches=()):
     check(args.path or switches, "give a run folder or a table; see --help")
     check(args.bootstrap >= 0, "--bootstrap must not be negative")
     check(min([args.delta, *args.budget]) > 0, "--delta and --budget must be positive")
-    folders = [Path(path) for path in args.path[:1] if Path(path).is_dir()]
-    args.out = args.out or (folders or [Path()])[0]
+    if not args.out:
+        args.out = next((Path(x) for x in args.path[:1] if Path(x).is_dir()), Path())
     return args
 
 
