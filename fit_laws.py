@@ -26,6 +26,8 @@ models for C FLOPs follow N ~ C^a, D ~ C^b, D ~ N^d, and their loss L ~ C^c.
   --out FOLDER        where to write (default: the run folder, or here)
   --json FILE         where to write the numbers instead of laws.json
   --no-plots          no figure
+
+Other laws and figures of the same runs: python -m tools.laws_more, python -m tools.figures.
 """
 
 # Dimensions: n rows (runs), T terms of the law, P coefficients (T intercepts, then slopes),
@@ -156,7 +158,8 @@ def minimise(problem, starts, weight=1.0, bounds=None):
 def paper_starts(problem):
     """The paper's grid of 7 x 7 x 4 x 3 x 3 starts -> theta (1764, 5)."""
     logs, e, slopes = range(0, 31, 5), (-1, -0.5, 0.5, 1), (0, 0.5, 2.5)
-    return problem.theta(np.array(list(product(logs, logs, e, slopes, slopes)), float))
+    grid = list(product(logs, logs, e, slopes, slopes))
+    return problem.theta(np.array(grid, float))
 
 
 def projected_starts(problem, *grids):
@@ -194,13 +197,14 @@ class Fit:
 def fit_law(runs, delta=1e-3):
     """Runs -> Fit of the law of N and D. Ends in one line if the runs are too few."""
     name, N = runs.name, runs.N
-    check(len(N) >= 6, f"{name}: {len(N)} usable rows; a law needs at least 6")
-    check(np.ptp(np.log(N)) > 0.01, f"{name}: one N in all rows; run at least two sizes")
+    check(len(N) >= 6, f"{name}: {len(N)} usable rows; at least 6 are needed")
+    check(np.ptp(np.log(N)) > 0.01, f"{name}: all N are equal; run at least two sizes")
     problem = build_problem(runs, delta)
     best = minimise(problem, [*screen(problem, paper_starts(problem)),
                               *screen(problem, projected_starts(problem))])
-    return Fit(best.x @ problem.centring, best.fun * delta, np.abs(best.jac).max() / len(N),
-               *diagnose(runs, problem, best.x))
+    slope = np.abs(best.jac).max() / len(N)
+    doubts = diagnose(runs, problem, best.x)
+    return Fit(best.x @ problem.centring, best.fun * delta, slope, *doubts)
 
 
 # ---------------------------------------------------------------- doubts and intervals
@@ -261,7 +265,9 @@ def bootstrap(runs, fit, weight, delta=1e-3):
 def interval(samples):
     """(K,) bootstrap values -> [2.5 %, 97.5 %] of the finite ones; None where half are not."""
     x = samples[np.isfinite(samples)]
-    return np.percentile(x, [2.5, 97.5]).tolist() if 2 * len(x) > len(samples) else None
+    if 2 * len(x) <= len(samples):
+        return None
+    return np.percentile(x, [2.5, 97.5]).tolist()
 
 
 # ---------------------------------------------------------------- compute-optimal models
@@ -416,8 +422,10 @@ def select(rows, rule):
     check(match, f"rule {rule!r}: write COLUMN=VALUE, or != < <= > >= for =")
     name, sign, value = match.groups()
     read = str if np.isnan(number(value)) else number
-    check(read is number or sign[0] in "=!", f"rule {rule!r}: {value!r} is not a number")
-    return np.array([SIGNS[sign](read(x), read(value)) for x in column(rows, name)])
+    good = read is number or sign[0] in "=!"
+    check(good, f"rule {rule!r}: {value!r} is not a number")
+    cells = map(read, column(rows, name))
+    return np.array([SIGNS[sign](cell, read(value)) for cell in cells])
 
 
 def keep(rows, mask, reason, notes):
@@ -458,14 +466,15 @@ def make_runs(rows, name, loss, args, notes):
     column(rows, loss)
     good = np.isfinite(positive(rows, loss))
     rows = keep(rows, good, f"{loss} is not a positive number in {name}", notes)
-    N, D, L, C, floor, Nv, Dv = (positive(rows, key) for key in (
-        "N", "D", loss, "C", loss.replace("loss", "floor", 1), "N_vision", "D_vision"))
+    N, D, L, C = (positive(rows, key) for key in ("N", "D", loss, "C"))
+    Nv, Dv = positive(rows, "N_vision"), positive(rows, "D_vision")
+    floor = positive(rows, loss.replace("loss", "floor", 1))
     if not all(1e3 < np.median(x) < 1e16 for x in (N, D)):
-        notes.append(f"{name}: N, D not single parameters, tokens? A, B, C are in their units")
+        notes.append(f"{name}: are N and D single parameters and tokens?")
     for key in ("n_experts", "top_k", "image_size", "patch_size", "context"):
         kinds = {str(row.get(key)) for row in rows}
         if len(kinds) > 1 and key not in (args.group_by or ""):
-            notes.append(f"{name}: one law for {key} {sorted(kinds)}; --group-by parts them")
+            notes.append(f"{name}: one law for {key} {sorted(kinds)} (--group-by)")
     vision, paper = (0, 0, 1), 6 * N * D
     if np.isfinite(Nv * Dv).all():
         q, p = fit_line(np.log(N), np.log(Nv))
@@ -478,7 +487,7 @@ def make_runs(rows, name, loss, args, notes):
     best = order[np.unique(np.c_[N, D][order], axis=0, return_index=True)[1]]
     if len(best) < len(rows):
         repeats = len(rows) - len(best)
-        notes.append(f"{name}: {repeats} rows repeat the N and D of others (--best-per-cell)")
+        notes.append(f"{name}: {repeats} rows repeat an N and D (--best-per-cell)")
     return runs.rows(np.sort(best)) if args.best_per_cell else runs
 
 
@@ -487,11 +496,13 @@ def make_runs(rows, name, loss, args, notes):
 
 def quality(coef, runs):
     """Errors of a law on runs: R2 of ln L, MSE of L, mean |error| and mean error in %."""
-    r = np.log(predict(coef, runs.N, runs.D) / runs.L)
-    error = 100 * np.expm1(r)
-    return {"n": len(r), "r2": 1 - (r**2).mean() / max(np.log(runs.L).var(), 1e-300),
-            "mse": (runs.L**2 * np.expm1(r) ** 2).mean(),
-            "mae_pct": np.abs(error).mean(), "bias_pct": error.mean()}
+    error = predict(coef, runs.N, runs.D) / runs.L - 1
+    spread = max(np.log(runs.L).var(), 1e-300)
+    return {"n": len(error),
+            "r2": 1 - (np.log1p(error) ** 2).mean() / spread,
+            "mse": ((runs.L * error) ** 2).mean(),
+            "mae_pct": 100 * np.abs(error).mean(),
+            "bias_pct": 100 * error.mean()}
 
 
 def study(runs, args, stream):
@@ -507,7 +518,7 @@ def study(runs, args, stream):
     cluster = np.arange(len(runs.N))
     if args.cluster:
         cluster = np.array(column(runs.table, args.cluster), str)
-        check(len({*cluster}) > 1, f"{runs.name}: one --cluster {args.cluster} in all rows")
+        check(len({*cluster}) > 1, f"one --cluster {args.cluster} in all rows")
     weight = draw_weights(cluster, args.bootstrap, [0, stream])
     draws = bootstrap(runs, fit, weight, args.delta)
     cut = args.min_budget or runs.C.min() ** 0.75 * runs.C.max() ** 0.25
@@ -546,8 +557,8 @@ def gather(args):
     by += ["mixture"] if len({row.get("mixture") for row in rows}) > 1 else []
     if args.group_by is not None:
         by = args.group_by.split(",") if args.group_by else []
-    keys = list(zip(*(map(str, column(rows, key)) for key in by))) or [()] * len(rows)
-    studies = []
+    cells = [map(str, column(rows, key)) for key in by]
+    keys, studies = list(zip(*cells)) or [()] * len(rows), []
     for key, loss in product(dict.fromkeys(keys), args.loss.split(",")):
         group = [row for row, other in zip(rows, keys) if other == key]
         name = " ".join(word for word in key if word != "none") or "all"
@@ -573,29 +584,30 @@ def span(ends, form=".3f"):
 
 def print_table(records):
     """The paper's Table 2, an interval under each number, "?" at what is not identified."""
-    def line(name, runs, texts):
+    def print_row(name, runs, texts):
         print(f"{name:20}{runs:<6}" + "".join(f"{text:17}" for text in texts))
 
     print()
-    line("group", "runs", [*EXPONENTS, "R2(ln L)", "MSE", "MAE %"])
+    print_row("group", "runs", [*EXPONENTS, "R2(ln L)", "MSE", "MAE %"])
     for g in records:
         doubtful = {*g["not_identified"]}
         doubtful |= {*"abd"} if doubtful & {"alpha", "beta"} else set()
         texts = [f"{g[k]:.4f}{'?' * (k in doubtful)}" for k in EXPONENTS]
         errors = "{r2:.5f} {mse:.2e} {mae_pct:.3f}".format(**g)
-        line(g["name"], g["n"], texts + errors.split())
+        print_row(g["name"], g["n"], texts + errors.split())
         if g["ci"]:
-            line("", "", [span(g["ci"][k]) for k in EXPONENTS])
+            print_row("", "", [span(g["ci"][k]) for k in EXPONENTS])
 
 
 def print_details(g):
     """What a careful reader asks about one group."""
-    print("\n{name}: E = {E:.5g}, A = {A:.5g}, B = {B:.5g}, true floor {floor:.5g}\n"
+    floor = f" (true floor {g['floor']:.5g})" if g["floor"] > 0 else ""
+    print("\n{name}: E = {E:.5g}".format(**g) + floor + ", A = {A:.5g}, B = {B:.5g}\n"
           "  F = {objective:.8g}, |gradient| / (delta n) = {gradient:.0e}, "
           "condition number {condition:.1e}".format(**g))
     if g["holdout"]:
-        print("  {n} rows held out: R2(ln L) {r2:.4f}, MSE {mse:.2e}, MAE {mae_pct:.3f} %, "
-              "mean error {bias_pct:+.3f} %".format(**g["holdout"]))
+        print("  {n} rows held out: R2(ln L) {r2:.4f}, MAE {mae_pct:.3f} %, mean error "
+              "{bias_pct:+.3f} %".format(**g["holdout"]))
     for b in g["budgets"]:
         print("  at C = {C:.3g}: N {N:.3g}, D {D:.3g}, loss {loss:.4f}".format(**b),
               span(b["ci"]["loss"], ".4f") + ", outside the range" * b["extrapolates"])
@@ -609,12 +621,14 @@ def compare(studies, args):
     for name in args.compare:
         check(name in found, f"--compare: no group {name!r}; groups: {', '.join(found)}")
     one, two = (found[name] for name in args.compare)
-    gaps = {k: (one.record[k] - two.record[k], one.samples[k] - two.samples[k])
-            for k in EXPONENTS}
+    gaps = {}
+    for k in EXPONENTS:
+        gap = one.record[k] - two.record[k]
+        gaps[k] = gap, one.samples[k] - two.samples[k]
     for C in args.budget or [min(one.runs.C.max(), two.runs.C.max())]:
         (x, xs), (y, ys) = at_budget(one, C), at_budget(two, C)
         gaps[f"loss at {C:.6g}"] = x["loss"] - y["loss"], xs - ys
-    print("\n{} minus {} (loss below 0: the first is better)".format(*args.compare))
+    print("\n{} minus {}; a lower loss is better".format(*args.compare))
     for k, (gap, many) in gaps.items():
         out[k] = {"difference": gap, "ci": interval(many)}
         print(f"  {k:16} {gap:+.4f} {span(out[k]['ci'], '+.4f')}")
@@ -636,15 +650,16 @@ def draw(studies, path):
     for ax, s in zip(panels, studies):
         runs, coef = s.runs, s.fit.coef
         tokens, sizes = np.geomspace(runs.D.min(), runs.D.max()), np.unique(runs.N)
-        shade = dict(zip(sizes, np.linspace(0.8, 0, len(sizes)).astype(str)))
-        ax.scatter(runs.C, runs.L, c=[shade[N] for N in runs.N], s=18)
+        grey = dict(zip(sizes, np.linspace(0.8, 0, len(sizes)).astype(str)))
+        ax.scatter(runs.C, runs.L, c=[grey[N] for N in runs.N], s=18)
         for N in sizes[:: -(-len(sizes) // 7)]:
             C = 6 * tokens * (N + runs.vision[0] * encoder(N, runs.vision))
-            ax.plot(C, predict(coef, N, tokens), color=shade[N], label=f"N = {N:.3g}")
+            ax.plot(C, predict(coef, N, tokens), color=grey[N], label=f"N = {N:.3g}")
         C = np.geomspace(runs.C.min() / 10, runs.C.max() * 10, 90)
         ax.plot(C, optimum(coef, C, runs.vision)[2], "k--", label="frontier L(C)")
         ax.axhline(np.exp(coef[2]), color="k", ls=":", label="fitted E")
-        ax.axhline(runs.floor, color="0.5", ls="-.", label="true floor")
+        if runs.floor > 0:
+            ax.axhline(runs.floor, color="0.5", ls="-.", label="true floor")
         ax.set(xscale="log", yscale="log", title=runs.name)
         ax.set(xlabel="training FLOPs C", ylabel="loss (nats)")
         ax.legend(fontsize=7, frameon=False)
@@ -657,9 +672,12 @@ def draw(studies, path):
 def flops(text):
     """C,C or hours x GPUs x peak x share as in 24hx8xh100x0.4 -> list of FLOPs."""
     peak = {"a100": 312e12, "h100": 989e12, "h200": 989e12}  # dense bf16 FLOP/s
-    text = re.sub(r"([\d.]+)h(?=x)", r"3600x\1", text)
-    products = [[peak.get(x) or float(x) for x in C.split("x")] for C in text.split(",")]
-    return [float(np.prod(factors)) for factors in products]
+    text = re.sub(r"([\d.]+)h(?=x)", r"3600x\1", text)  # hours in seconds
+    found = []
+    for C in text.split(","):
+        factors = [peak.get(x) or float(x) for x in C.split("x")]
+        found.append(float(np.prod(factors)))
+    return found
 
 
 def parse_args(argv=None, manual=__doc__, switches=()):
@@ -709,10 +727,9 @@ def main(argv=None):
     """Read, fit, print, write; returns what the JSON file holds."""
     args = parse_args(argv)
     notes, studies = gather(args)
-    result = {"groups": [s.record for s in studies], "notes": notes, "delta": args.delta}
+    result = {"groups": [s.record for s in studies], "notes": notes}
     print("\n".join(notes))
-    print(f"\nHuber delta {args.delta:g}; 95 % intervals from {args.bootstrap} resamples of "
-          f"{args.cluster or 'run'}s")
+    print(f"\ndelta {args.delta:g}; 95 % intervals from {args.bootstrap} resamples")
     print_table(result["groups"])
     for record in result["groups"]:
         print_details(record)

@@ -131,9 +131,6 @@ def test_small_tables_get_more_starts():
     assert (ours < warm * (1 - 1e-4)).any() and (ours < warm * (1 + 1e-6)).all()
 
 
-# ---------------------------------------------------------------- what the data cannot tell
-
-
 def test_constant_tokens_are_flagged_and_get_no_confident_interval(tmp_path, capsys):
     fit = fl.fit_law(shared("routed_lm"))
     assert {"B", "beta", "E"} <= set(fit.unidentified) and fit.condition > 1e12
@@ -158,9 +155,6 @@ def test_loss_without_floor_is_flagged():
     L = 80 * N**-0.2 + 90 * D**-0.2
     fit = fl.fit_law(runs_of(N, D, L * np.exp(0.003 * np.random.default_rng(1).normal(size=36))))
     assert "E" in fit.unidentified
-
-
-# ---------------------------------------------------------------- compute-optimal models
 
 
 def test_optimum_at_known_points():
@@ -199,9 +193,6 @@ def test_envelope_recovers_a_power_law():
     both = fl.envelope(np.r_[C, C], np.r_[1.3 * L, L], 3e19)  # runs above the frontier
     assert both == pytest.approx(-0.049, rel=1e-9)
     assert np.isnan(fl.envelope(C, L, 1e23))
-
-
-# ---------------------------------------------------------------- command line, end to end
 
 
 def test_results_folder_end_to_end(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """The measured tables of results/fits.md: what fit_laws.py finds where the answer is known.
 
-    python -m tools.fit_tables                 all of it, half an hour on one core
+    python -m tools.fit_tables                 all of it, a quarter of an hour on one core
     python -m tools.fit_tables --studies 40 --resamples 400 --out fits.md
 
 Needs ../shared/fits, published tables that are for checking only.

@@ -57,7 +57,7 @@ def isoflop(runs, budgets, weight):
     return exponents("isoflop", lnC, lnN, lnD, np.log(L))
 
 
-def line(x, y):
+def line_through(x, y):
     """Least squares over the pairs that are numbers -> slope, intercept; NaN under two."""
     use = np.isfinite(x + y)
     return fl.fit_line(x[use], y[use]) if use.sum() > 1 else (np.nan, np.nan)
@@ -65,8 +65,9 @@ def line(x, y):
 
 def exponents(suffix, lnC, lnN, lnD, lnL):
     """Lines through optima (Q,): N ~ C^a, D = D0 C^b, L = K C^c, D ~ N^d -> {a_suffix: ..}."""
-    (a, _), (b, lnD0), (c, lnK) = (line(lnC, y) for y in (lnN, lnD, lnL))
-    found = {"a": a, "b": b, "c": c, "d": line(lnN, lnD)[0], "D0": np.exp(lnD0), "K": np.exp(lnK)}
+    (a, _), (b, lnD0), (c, lnK) = (line_through(lnC, y) for y in (lnN, lnD, lnL))
+    found = {"a": a, "b": b, "c": c, "d": line_through(lnN, lnD)[0],
+             "D0": np.exp(lnD0), "K": np.exp(lnK)}
     return {f"{k}_{suffix}": float(v) for k, v in found.items()}
 
 
@@ -311,7 +312,7 @@ def more(s, args):
 
 def print_more(g):
     """The three approaches side by side, other laws on the same rows, how far the fit moves."""
-    print(f"\n{g['name']}\n  " + "approach".ljust(32) + cells(("N ~ C^a", "D ~ C^b", "L ~ C^c"), 25))
+    print(f"\n{g['name']}\n  {'approach':32}" + cells(("N ~ C^a", "D ~ C^b", "L ~ C^c"), 25))
     parabolas = f"2 parabolas, D = {g.get('D0_isoflop', 0):.3g} C^b"
     for how, suffix in ((f"1 envelope from {g['cut']:.1e} FLOPs", "_envelope"),
                         (parabolas, "_isoflop"), ("3 closed form, C = 6 N D", ""),
@@ -326,7 +327,7 @@ def print_more(g):
     print(f"  alpha = beta = {tied['exponent']:.4f} with E {tied['E']:.4f}: {against(g['tied'])}")
     if sparse:
         print("  L(N, D, S) = E + A/N^alpha + B/D^beta + C/(1-S)^lambda + d/((1-S)^delta N^gamma);"
-              "\n  only the intervals of B, alpha and beta are reliable, the others are too narrow:")
+              "\n  only the intervals of B, alpha and beta are reliable, the rest is too narrow:")
         texts = [f"{k} {sparse[k]:.4g}{'?' * (k in sparse['not_identified'])} "
                  f"{fl.span(sparse['ci'][k], '.3g')}" for k in SPARSE]
         print("  " + ", ".join(texts[:5]) + "\n  " + ", ".join(texts[5:]))
