@@ -230,7 +230,7 @@ def diagnose(runs, problem, theta):
     if np.ptp(np.log(runs.D)) < 0.01:
         flags.append("D is the same in all runs: B, beta and E cannot be told apart")
     elif condition > 1e5:
-        flags.append("the points lie on one ridge, where N and D grow together")
+        flags.append("all points lie on one ridge: N and D grow together")
     for term, names, j in ((0, "A alpha", 3), (1, "B beta", 4), (2, "E", 2)):
         size = 1 if j == 2 else theta[j]  # an error of 0.5 in ln E, or of half an exponent
         gone = share[term].max() < 1e-3 or condition > 1e5
@@ -480,7 +480,7 @@ def make_runs(rows, name, loss, args, notes):
         q, p = fit_line(np.log(N), np.log(Nv))
         vision, paper = (np.median(Dv / D), p, q), 6 * (Nv * Dv + N * D)
     if "C" in rows[0] and not np.abs(C / paper - 1).max() < 0.05:
-        notes.append(f"{name}: C is not a positive number everywhere, or not 6 N D")
+        notes.append(f"{name}: C is not a positive number, or not 6 N D")
     C = C if np.isfinite(C).all() else paper
     runs = Runs(name, N, D, L, C, np.array(rows), vision, float(floor.mean()))
     order = np.argsort(L, kind="stable")
@@ -704,7 +704,7 @@ def parse_args(argv=None, manual=__doc__, switches=()):
     for flag in unknown[:1]:
         near = difflib.get_close_matches(flag, p._option_string_actions, 1)
         p.error(f"unknown {flag}" + "".join(f", did you mean {x}" for x in near))
-    check(args.path or switches, "give a run folder or a table; see --help")
+    check(args.path or switches, "give a run folder or a table")
     check(args.bootstrap >= 0, "--bootstrap must not be negative")
     check(min([args.delta, *args.budget]) > 0, "--delta and --budget must be positive")
     if not args.out:
