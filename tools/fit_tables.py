@@ -216,7 +216,7 @@ def coverage(studies, resamples):
 
 
 def plant_sparse(noise, seed):
-    """L(N, D, S): 8 sizes 30M to 3.35B, 6 token counts, 5 sparsities 0 to 15/16 -> Runs, 1 - S."""
+    """L(N, D, S): 8 sizes 30M to 3.35B, 6 token counts, 5 sparsities 0 to 15/16 -> Runs."""
     grid = np.meshgrid(np.geomspace(3e7, 3.35e9, 8), np.geomspace(2.5e9, 6e11, 6),
                        [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16])
     N, D, active = (x.ravel() for x in grid)
@@ -224,7 +224,8 @@ def plant_sparse(noise, seed):
     L = fl.predict((a, b, e, alpha, beta), N, D) + np.exp(c) * active**-lam
     L += np.exp(d) * active**-delta * N**-gamma
     z = np.random.default_rng([seed, 8]).normal(size=len(N))
-    return runs_of(N, D, L * np.exp(noise * z), "sparse"), active
+    table = np.array([{"sparsity": 1 - share} for share in active])
+    return runs_of(N, D, L * np.exp(noise * z), "sparse", table=table)
 
 
 def sparse_coverage(studies, resamples):
@@ -232,11 +233,10 @@ def sparse_coverage(studies, resamples):
     each (K, 10); and the share of studies in which AIC picks it."""
     truth, found, picked = np.r_[np.exp(SPARSE_TRUTH[:5]), SPARSE_TRUTH[5:]], [], 0
     for k in range(studies):
-        runs, active = plant_sparse((0.003, 0.005, 0.01)[k % 3], k)
-        weight = fl.draw_weights(np.arange(len(active)), resamples, k)
-        law = lm.sparse_law(runs, active, weight, 1e-3)
-        value, ci = (np.array([x[name] for name in lm.SPARSE]) for x in (law, law["ci"]))
-        flagged = [name in law["not_identified"] for name in lm.SPARSE]
+        runs = plant_sparse((0.003, 0.005, 0.01)[k % 3], k)
+        law = lm.sparse_law(runs, fl.draw_weights(np.arange(len(runs.N)), resamples, k), 1e-3)
+        value, ci = (np.array([x[name] for name in lm.SPARSE_NAMES]) for x in (law, law["ci"]))
+        flagged = [name in law["not_identified"] for name in lm.SPARSE_NAMES]
         found.append([value - truth, (ci[:, 0] <= truth) & (truth <= ci[:, 1]), flagged])
         picked += min(law["rivals"], key=lambda name: law["rivals"][name]["aic"]) == "with S"
     return np.array(found, float).transpose(1, 0, 2), picked / studies
@@ -321,7 +321,7 @@ def page(args):
     sparse, few = max(3, args.studies // 5), args.resamples // 10
     (errors, hits, flagged), picked = sparse_coverage(sparse, few)
     yield SPARSE.format(sparse=sparse, few=few, picked=100 * picked)
-    yield markdown(["", *lm.SPARSE], [
+    yield markdown(["", *lm.SPARSE_NAMES], [
         ["intervals that hold the truth, %", *(f"{100 * h:.0f}" for h in hits.mean(0))],
         ["flagged as not identified, %", *(f"{100 * h:.0f}" for h in flagged.mean(0))],
         ["median error", *(f"{e:+.3g}" for e in np.median(errors, 0))]])
