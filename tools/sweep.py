@@ -115,15 +115,14 @@ def train_all(jobs, free, bar, stop):
             children[longest.name] = start(argv, longest, place), place
         time.sleep(0.5)
         for name, (child, place) in list(children.items()):
-            if child.poll() is None:
-                if stop.asked and not child.asked:  # once: the second time would end its saving
-                    child.terminate()
-                child.asked = stop.asked
-                continue
-            del children[name]
-            free.append(place)
-            why = failure(child)
-            failures += [f"{name}: {why}"] if why and not child.asked else []
+            if child.poll() is not None:
+                del children[name]
+                free.append(place)
+                why = failure(child)
+                failures += [f"{name}: {why}"] if why and not child.asked else []
+            elif stop.asked and not child.asked:  # once: the second time would end its saving
+                child.terminate()
+                child.asked = True
         rows = train.finished(out)
         for name in [run.name for run in runs if run.name in rows.keys() - told]:
             tqdm.write(train.summary(rows[name]), file=sys.stdout)
