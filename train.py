@@ -113,8 +113,7 @@ class Run:
 def parse_runs(argv):
     """The command line -> a Run for each token budget, the smallest first."""
     lists = [value for flag, value in zip(argv, argv[1:]) if "," in value and flag != "--tokens"]
-    check(not lists, f"train.py: {''.join(lists[:1])} is a list; to train a model for each value, "
-          "use python -m tools.sweep")
+    check(not lists, f"train.py: {' '.join(lists)}: a list of values needs python -m tools.sweep")
     parser = Parser(description=__doc__, prog="train.py")
     for config in (TrainConfig, ModelConfig, DataConfig):
         add_flags(parser, config)
@@ -139,9 +138,8 @@ def make_run(values, given):
     """The Run of one budget, from all known values."""
     model, data, train = (config_of(kind, values)
                           for kind in (ModelConfig, DataConfig, TrainConfig))
-    check(train.tokens_per_step % model.context == 0,
-          f"--tokens-per-step {train.tokens_per_step}: need whole rows, a multiple of "
-          f"--context {model.context}")
+    check(train.tokens_per_step % model.context == 0, f"--tokens-per-step "
+          f"{train.tokens_per_step}: need whole rows, a multiple of --context {model.context}")
     check(model.fusion == "late" or not train.init_vision,
           "--init-vision: only late fusion has an encoder; add --fusion late")
     try:
@@ -176,8 +174,8 @@ def sizes_of_weights(asked, given):
     preset = PRESETS.get(asked.preset, {}) if "fusion" in known else {}
     for field in [f for f in preset if f in known and f not in given]:
         check(known[field] == preset[field],
-              f"--preset {asked.preset} has {field} {preset[field]}, {path} {known[field]}: give "
-              "the preset it was trained with, or none")
+              f"--preset {asked.preset} has {field} {preset[field]}, {path} {known[field]}: leave "
+              "--preset out")
     return known
 
 
@@ -297,7 +295,7 @@ class Machine:
         return tensor
 
     def say(self, text):
-        """Prints a line once, not once a rank."""
+        """Prints a line once, not once for each rank."""
         if self.rank == 0:
             print(text, flush=True)  # otherwise a pipe would hold it back
 
@@ -451,10 +449,8 @@ class Trainer:
     def adopt_weights(self):
         """Takes over the weights that --init and --init-vision name. The vision part comes with the
         decoder only if both use the same fusion."""
-        sources = self.run.train.sources()
-        read = {path: read_weights(path) for path in {*sources.values()}}
-        for part, path in sources.items():
-            known, weights = read[path]
+        for part, path in self.run.train.sources().items():
+            known, weights = read_weights(path)
             if part == "decoder" or known.get("fusion") == self.run.model.fusion:
                 adopt(self.model, weights, part, path)
                 self.machine.say(f"{self.run.name}: {part} from {path}")
@@ -724,11 +720,10 @@ def train_one(run, runs, machine):
     try:
         status = train(trainer)
     except torch.OutOfMemoryError:
-        raise SystemExit(f"{run.name}: out of memory; try a smaller --micro-rows, which "
-                         "accumulates more, or --checkpointing") from None
+        raise SystemExit(f"{run.name}: out of memory; try --checkpointing, or a smaller "
+                         "--micro-rows, which accumulates more") from None
     if status == "stopped":
-        machine.say(f"{run.name}: saved at step {trainer.step} of {run.steps}; the same command "
-                    "goes on from here")
+        machine.say(f"{run.name}: saved at step {trainer.step}; the same command goes on from here")
         return False
     losses = evaluate(trainer) if status == "ok" else {"loss": math.nan}
     if not math.isfinite(losses["loss"]):  # JSON has no word for it
@@ -743,12 +738,12 @@ def train_one(run, runs, machine):
 
 
 def main(argv):
-    """Trains what is not finished yet, the shortest run first, because longer ones need its trunk."""
+    """Trains what is not finished, the shortest run first, because longer ones need its trunk."""
     runs = parse_runs(argv)
     machine = Machine.start(runs[0].train.device)
     for run in runs:
         row = finished(run.train.out).get(run.name)
-        if row:
+        if row:  # rank 0 wrote it, but every rank reads it, from the folder that all of them share
             machine.say(f"finished before: {summary(row)}")
         elif not train_one(run, runs, machine):
             sys.exit(130)

@@ -115,12 +115,13 @@ def train_all(jobs, free, bar, stop):
             children[longest.name] = start(argv, longest, place), place
         time.sleep(0.5)
         for name, (child, place) in list(children.items()):
-            if child.poll() is not None:
+            ended = child.poll() is not None
+            if ended:
                 del children[name]
                 free.append(place)
                 why = failure(child)
                 failures += [f"{name}: {why}"] if why and not child.asked else []
-            elif stop.asked and not child.asked:  # once: the second time would end its saving
+            if stop.asked and not ended and not child.asked:  # once: the second time would end its saving
                 child.terminate()
                 child.asked = True
         rows = train.finished(out)
