@@ -355,7 +355,6 @@ class Trainer:
         self.stop = StopSignal()  # this process was asked to stop
         self.stopped = False  # this rank or another was, and all of them know it
         self.clock = None  # when the last step ended: in the first, torch compiles and allocates
-        self.said = time.perf_counter()  # when something was last printed
         self.stats = {"padding": 0, "D_vision": 0, "timed": 0, "spent": 0.0}
         # auto: on a CPU, compiling gains 4 % of a step for 45 s of start-up (results/speed.md)
         self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
@@ -382,18 +381,15 @@ class Trainer:
         adds no line, if the loss or the gradient is no longer a number. A line holds nothing that
         depends on the machine's speed, so that a resumed run's log is the same, bit for bit."""
         total, balance, count, padding, vision, stopped = totals.tolist()
-        run, loss, norm, now = self.run, total / max(count, 1), norm.item(), time.perf_counter()
+        run, loss, norm = self.run, total / max(count, 1), norm.item()
         self.stopped = stopped > 0
         self.stats["padding"] += int(padding)
         self.stats["D_vision"] += int(vision)
         if self.clock:
             self.stats["timed"] += 1
-            self.stats["spent"] += now - self.clock
+            self.stats["spent"] += time.perf_counter() - self.clock
         if not math.isfinite(total + norm):
             return None
-        if not sys.stderr.isatty() and now - self.said > 30:  # where no progress bar is drawn
-            self.said = now
-            self.machine.say(f"{run.name}: step {self.step} of {run.steps}, loss {loss:.3f}")
         line = {"step": self.step - 1, "loss": loss,
                 "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
         if run.model.moe == "learned":
@@ -429,8 +425,7 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer)
         if self.machine.rank == 0:
             log = path.with_name("log.jsonl").read_text(encoding="utf-8").splitlines(True)
-            kept = "".join(line for line in log  # not what was done after the checkpoint
-                           if line.endswith("\n") and json.loads(line)["step"] < self.step)
+            kept = "".join(log[:self.step])  # a line for each step; what came later is done again
             write_whole(self.run.folder / "log.jsonl", lambda path: path.write_text(kept, "utf-8"))
 
     def begin(self):
@@ -541,8 +536,9 @@ def train(trainer):
     batches = trainer.loader.train_batches(
         trainer.step, run.steps, cfg.tokens_per_step // run.model.context, trainer.rows,
         machine.rank, machine.ranks, machine.is_cuda)
+    seconds = 0.1 if sys.stderr.isatty() else 30  # a file does not want ten lines a second
     bar = tqdm(total=run.steps, initial=trainer.step, desc=run.name, unit="step", leave=False,
-               disable=machine.rank > 0 or not sys.stderr.isatty())
+               mininterval=seconds, delay=seconds, disable=machine.rank > 0)
     has_branches = any(other.branch > run.branch for other in trainer.family)
     with trainer.stop, bar:
         while trainer.step < run.steps:

@@ -358,7 +358,6 @@ def overhead(bench):
                                       "tokens": str(1024 * n)})
     trainer.begin()
     trainer.save = trainer.describe = lambda *args: None  # `upkeep` has the checkpoint
-    trainer.said = float("inf")  # no line of progress amid the table
     batches, loader = make_batches(trainer, n), trainer.loader
     rows, n_patches = len(batches[0]["doc"]), trainer.run.model.n_patches
 
