@@ -126,7 +126,7 @@ def make_runs(given):
     asked = config_of(TrainConfig, given)
     # a preset's lr belongs to its own width, so default_lr derives it from the final width
     values = {**SIZES[asked.preset], "lr": 0.0, **sizes_of_weights(asked, given), **given}
-    # the paper's vocabulary, though nothing of ours has so many words, or what the data need
+    # presets have the paper's vocabulary; data whose tokenizer has more ids than that get theirs
     words = vocab_size(given.get("data", DataConfig.data))
     values["vocab_size"] = max(values.get("vocab_size", 0), words)
     runs = [make_run({**values, "tokens": tokens}, given)
@@ -722,7 +722,7 @@ def train_one(run, runs, machine):
         machine.say(f"{run.name}: saved at step {trainer.step}; the same command goes on from here")
         return False
     losses = evaluate(trainer) if status == "ok" else {"loss": math.nan}
-    if not math.isfinite(losses["loss"]):  # JSON has no word for it
+    if not math.isfinite(losses["loss"]):  # None, because JSON has no NaN
         status, losses = "diverged", {"loss": None}
     row = result_row(trainer, status, losses)
     if machine.rank == 0:
