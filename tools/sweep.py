@@ -121,7 +121,8 @@ def train_all(jobs, free, bar, stop):
                 free.append(place)
                 why = failure(child)
                 failures += [f"{name}: {why}"] if why and not child.asked else []
-            if stop.asked and not ended and not child.asked:  # once: the second time would end its saving
+            # asked once, because a second signal would end its saving
+            if stop.asked and not ended and not child.asked:
                 child.terminate()
                 child.asked = True
         rows = train.finished(out)
