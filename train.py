@@ -12,7 +12,6 @@ Dimensions:  B rows in a micro-batch   T context
 """
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import inspect
 import itertools
@@ -25,6 +24,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import ChainMap
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -38,10 +38,11 @@ from data import DataConfig, Loader, check, patchify, vocab_size
 from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_checkpoint,
                    read_weights, split_heads)
 
-LAPTOP = dict(width=64, depth=4, context=256, image_size=32, patch_size=8, tokens_per_step=1024)
 # Fields that say how or where a run is computed, not what: they are no part of its identity.
 HOW = ("out", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device", "compile",
        "workers", "checkpointing")
+SIZES = {**PRESETS, "laptop": dict(width=64, depth=4, context=256, image_size=32, patch_size=8,
+                                   tokens_per_step=1024)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class TrainConfig:
     init: str = ""  # start from the weights of this run's folder ({seed} = its own) (5.12, 5.13)
     init_vision: str = ""  # late fusion: start from the encoder of this run (5.12)
     tokens: str = "4M"  # D, training tokens, as 500K or 2B; several, as 1M,2M, share a trunk
-    tokens_per_step: int = 1024  # tokens a step over all ranks; accumulation is derived
+    tokens_per_step: int = 2048 * 1024  # over all ranks, laptop 1024; accumulation is derived
     micro_rows: int = 0  # rows at once on a device; 0 = what memory should allow
     lr: float = 0.0  # peak learning rate; 0 = by width: Table 6 of the paper, laptop 0.19 / width
     vision_lr: float = 1.0  # late fusion: the encoder's share of the rate, 0 = frozen (Table 8)
@@ -69,20 +70,21 @@ class TrainConfig:
     compile: str = "auto"  # auto = on CUDA only; on, off
 
     def __post_init__(self):
-        least = {"tokens_per_step": 1, "save_every": 1}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, str) and not value >= least.get(field.name, 0):
-                raise ValueError(f"{field.name} {value} is below {least.get(field.name, 0)}")
-        if self.cooldown > 1:
-            raise ValueError(f"--cooldown {self.cooldown} is not a share between 0 and 1")
-        if self.compile not in ("auto", "on", "off"):
-            raise ValueError(f"--compile {self.compile}: need auto, on or off")
+        check(self.preset in SIZES, f"--preset {self.preset}: need one of {', '.join(SIZES)}")
+        for name, value in vars(self).items():
+            least = 1 if name in ("tokens_per_step", "save_every") else 0
+            check(isinstance(value, str) or value >= least,
+                  f"--{name.replace('_', '-')} {value} is below {least}")
+        check(self.cooldown <= 1, f"--cooldown {self.cooldown} is not a share between 0 and 1")
+        check(self.compile in ("auto", "on", "off"),
+              f"--compile {self.compile}: need auto, on or off")
 
-    def start(self, name):
-        """The path in `init` or `init_vision` with its {seed} filled in: one command for several
-        seeds."""
-        return getattr(self, name).replace("{seed}", str(self.seed))
+    def sources(self):
+        """The runs that the decoder and the vision part start from, if any. {seed} stands for this
+        run's own seed, so that one command starts several seeds."""
+        paths = {"decoder": self.init, "vision": self.init_vision or self.init}
+        return {part: path.replace("{seed}", str(self.seed))
+                for part, path in paths.items() if path}
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ class Run:
 
     def identity(self):
         """What decides the numbers, tokens left out: runs that agree in it share a trunk."""
-        values = {**asdict(self.model), **asdict(self.data), **asdict(self.train)}
-        return {k: v for k, v in sorted(values.items()) if k not in HOW}
+        values = asdict(self.model) | asdict(self.data) | asdict(self.train)
+        return {k: v for k, v in values.items() if k not in HOW}
 
     @property
     def folder(self):
@@ -108,40 +110,36 @@ class Run:
 
 # ---- From the command line to runs ------------------------------------------------------------
 
-
 def parse_runs(argv):
     """The command line -> a Run for each token budget, the smallest first."""
     lists = [value for flag, value in zip(argv, argv[1:]) if "," in value and flag != "--tokens"]
-    check(not lists, f"train.py: {''.join(lists[:1])} is a list; to train a model for each value, "
-          "use python -m tools.sweep")
+    check(not lists, f"train.py: {' '.join(lists)}: a list of values needs python -m tools.sweep")
     parser = Parser(description=__doc__, prog="train.py")
     for config in (TrainConfig, ModelConfig, DataConfig):
         add_flags(parser, config)
-    return make_runs({k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None})
+    return make_runs(vars(parser.parse_args(argv)))
 
 
 def make_runs(given):
     """{field: value} of the flags that were given -> Runs. A flag goes before the sizes of weights
     to start from, and these before the preset; what is left is derived or a default."""
-    preset = given.get("preset", "laptop")
-    check(preset in ("laptop", *PRESETS),
-          f"--preset {preset}: need laptop or one of {', '.join(PRESETS)}")
-    sizes = LAPTOP if preset == "laptop" else {**PRESETS[preset], "tokens_per_step": 2048 * 1024}
-    sizes = {**sizes, **sizes_of_weights(given)}
-    words = max(sizes.get("vocab_size", 0), vocab_size(given.get("data", DataConfig.data)))
-    values = {**sizes, "lr": 0.0, **given, "vocab_size": words}
-    budgets = dict.fromkeys(given.get("tokens", TrainConfig.tokens).split(","))
-    runs = [make_run(given, {**values, "tokens": tokens}) for tokens in budgets]
+    asked = config_of(TrainConfig, given)
+    # a preset's lr belongs to its own width, so default_lr derives it from the final width
+    values = {**SIZES[asked.preset], "lr": 0.0, **sizes_of_weights(asked, given), **given}
+    # presets have the paper's vocabulary; data whose tokenizer has more ids than that get theirs
+    words = vocab_size(given.get("data", DataConfig.data))
+    values["vocab_size"] = max(values.get("vocab_size", 0), words)
+    runs = [make_run({**values, "tokens": tokens}, given)
+            for tokens in dict.fromkeys(asked.tokens.split(","))]
     return sorted(runs, key=lambda run: run.steps)
 
 
-def make_run(given, values):
+def make_run(values, given):
     """The Run of one budget, from all known values."""
     model, data, train = (config_of(kind, values)
                           for kind in (ModelConfig, DataConfig, TrainConfig))
-    check(train.tokens_per_step % model.context == 0,
-          f"--tokens-per-step {train.tokens_per_step}: need whole rows, a multiple of "
-          f"--context {model.context}")
+    check(train.tokens_per_step % model.context == 0, f"--tokens-per-step "
+          f"{train.tokens_per_step}: need whole rows, a multiple of --context {model.context}")
     check(model.fusion == "late" or not train.init_vision,
           "--init-vision: only late fusion has an encoder; add --fusion late")
     try:
@@ -156,28 +154,28 @@ def make_run(given, values):
 
 
 def config_of(kind, values):
+    """A config of this kind from those of the values that are its fields."""
     try:
         return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
-    except ValueError as error:  # the configs check themselves; say it without a traceback
+    except ValueError as error:  # ModelConfig checks itself; say it without a traceback
         raise SystemExit(f"train.py: {error}") from None
 
 
-def sizes_of_weights(given):
+def sizes_of_weights(asked, given):
     """The model fields that the weights to start from decide. SystemExit where other flags say
     otherwise and no shape of a parameter would show it."""
-    path = given.get("init", "").replace("{seed}", str(given.get("seed", 0)))
+    path = asked.sources().get("decoder")
     if not path:
         return {}
     known, _ = read_weights(path)
     heads = split_heads(known["width"], known["heads"])
     check("heads" not in given or split_heads(known["width"], given["heads"]) == heads,
-          f"--heads {given.get('heads')}: {path} was trained with heads of {heads}; leave --heads "
-          "out")
-    preset = PRESETS.get(given.get("preset"), {}) if "fusion" in known else {}
+          f"--heads {given.get('heads')}: {path} has heads of {heads}; leave --heads out")
+    preset = PRESETS.get(asked.preset, {}) if "fusion" in known else {}
     for field in [f for f in preset if f in known and f not in given]:
         check(known[field] == preset[field],
-              f"--preset {given['preset']} has {field} {preset[field]}, {path} {known[field]}: give "
-              "the preset it was trained with, or none")
+              f"--preset {asked.preset} has {field} {preset[field]}, {path} {known[field]}: leave "
+              "--preset out")
     return known
 
 
@@ -207,14 +205,12 @@ def paper_warmup(steps, moe):
 def run_name(model, train, given):
     """Readable, and different for every configuration, because flags that have no place in the name
     enter it as a hash of their names and values."""
-    moe = "" if model.moe == "none" else f"-{model.moe}"
     shown = ("fusion", "moe", "width", "depth", "tokens", "seed", "mixture")
     rest = {k: v for k, v in sorted(given.items()) if k not in shown + HOW}
-    preset = "" if train.preset == "laptop" else f"-{train.preset}"
-    mixture = f"-{given['mixture']}" if "mixture" in given else ""
-    tail = f"-{zlib.crc32(json.dumps(rest).encode()):08x}" if rest else ""
-    return (f"{model.fusion}{moe}{preset}-w{model.width}-d{model.depth}-{train.tokens}"
-            f"-s{train.seed}{mixture}{tail}")
+    words = (model.fusion, model.moe.replace("none", ""), train.preset.replace("laptop", ""),
+             f"w{model.width}", f"d{model.depth}", train.tokens, f"s{train.seed}",
+             given.get("mixture"), f"{zlib.crc32(json.dumps(rest).encode()):08x}" if rest else "")
+    return "-".join(filter(None, words))
 
 
 class Parser(argparse.ArgumentParser):
@@ -225,43 +221,36 @@ class Parser(argparse.ArgumentParser):
                          **options)
 
     def error(self, message):
-        raise SystemExit(f"{self.prog}: {message} (--help lists all flags)")
-
-    def parse_args(self, args=None, namespace=None):
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0.0)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            self.error(f"unknown argument {unknown[0]}{hint}")
-        return known
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1, 0.0)
+        hint = f"; did you mean {near[0]}?" if unknown and near else ""
+        raise SystemExit(f"{self.prog}: {message}{hint} (--help lists all flags)")
 
 
 def add_flags(parser, config):
     """One flag for each field of a config; the comment behind the field is the help. Flags that are
-    not given come out as None."""
+    not given come out as nothing at all, so that presets can tell them from defaults."""
     source = inspect.getsource(config)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    kinds = {bool: dict(action=argparse.BooleanOptionalAction), int: dict(type=whole_number),
-             float: dict(type=float), str: dict(type=str)}
+    how = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": whole_number}}
     for field in fields(config):
+        kind = type(field.default)
         if field.name != "vocab_size":  # it follows from the data
             text = comments[field.name].replace("%", "%%") + f" (default: {field.default})"
-            parser.add_argument(f"--{field.name.replace('_', '-')}", help=text, default=None,
-                                **kinds[type(field.default)])
+            parser.add_argument(f"--{field.name.replace('_', '-')}", help=text,
+                                default=argparse.SUPPRESS, **how.get(kind, {"type": kind}))
 
 
 def whole_number(text):
     """"2M" -> 2000000; K, M, B and plain numbers, 1e6 too. ValueError for anything else."""
-    scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(str(text)[-1:].upper(), 1)
-    value = float(str(text)[:-1] if scale > 1 else text) * scale
-    if not abs(value) < 2**63:
-        raise ValueError(f"{text} is not a count")
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:].upper(), 1)
+    value = float(text[:-1] if scale > 1 else text) * scale
+    if not abs(value) < 2**63:  # round() would end in an OverflowError
+        raise ValueError(text)
     return round(value)
 
 
 # ---- The machine, and the files of a study ----------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -273,21 +262,20 @@ class Machine:
 
     @staticmethod
     def start(name):
-        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if name == "auto":
-            mps = torch.backends.mps.is_available()
-            name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        check(name.split(":")[0] in ("cpu", "cuda", "mps"),
-              f"--device {name}: need auto, cpu, cuda or mps")
-        check(not name.startswith("cuda") or torch.cuda.is_available(),
-              "--device cuda: torch sees no CUDA GPU here; try --device cpu")
+        """The device of this name, in the process group of torchrun if there is one."""
+        backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
+        usable = [kind for kind, backend in backends.items() if backend.is_available()]
+        name = usable[0] if name == "auto" else name
+        check(name.split(":")[0] in usable,
+              f"--device {name}: torch sees none here; need auto or {' or '.join(usable)}")
         if name == "cuda":
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(name)
             torch.set_float32_matmul_precision("high")
         if "RANK" in os.environ:
             dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
-        return Machine(torch.device(name), rank, ranks)
+        return Machine(torch.device(name), int(os.environ.get("RANK", 0)),
+                       int(os.environ.get("WORLD_SIZE", 1)))
 
     @property
     def is_cuda(self):
@@ -306,17 +294,10 @@ class Machine:
             dist.all_reduce(tensor)
         return tensor
 
-    def share(self, value):
-        """Rank 0's value on every rank."""
-        box = [value]
-        if self.ranks > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
-
     def say(self, text):
+        """Prints a line once, not once for each rank."""
         if self.rank == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            print(text, flush=True)  # otherwise a pipe would hold it back
 
     @property
     def name(self):
@@ -356,130 +337,121 @@ def append_result(out, row):
 
 # ---- A run in training ------------------------------------------------------------------------
 
-
 class Trainer:
-    """A run being trained: model, optimizer, step and log, and how they are saved and restored."""
+    """A run being trained: model, optimizer, step and log, and how they are saved and restored.
+    runs: all runs of the command, of which those with the same identity share a trunk."""
 
-    def __init__(self, run, machine):
+    def __init__(self, run, machine, runs=()):
         self.run, self.machine, self.step = run, machine, 0
+        self.family = [other for other in runs if other.identity() == run.identity()]
+        self.rows, self.accumulation = divide_step(run, machine)
         torch.manual_seed(run.train.seed)  # the same weights on every rank and device
         self.model = Model(run.model).to(machine.device)
         self.optimizer = make_optimizer(self.model, run.train, machine)
         self.loader = Loader(run.data, run.train.seed, run.model.context, run.model.image_size,
                              run.model.patch_size)
-        self.stopped = False  # somebody asked this run, or another rank of it, to stop
-        self.warm = False  # a step has been done since the start
-        self.said = time.perf_counter()  # when something was last printed
+        data = {**asdict(run.data), "tokenizer": self.loader.source.tokenizer}
+        self.config = {"model": asdict(run.model), "train": asdict(run.train), "data": data}
+        self.stop = StopSignal()  # this process was asked to stop
+        self.stopped = False  # this rank or another was, and all of them know it
+        self.clock = None  # when the last step ended: in the first, torch compiles and allocates
         self.stats = {"padding": 0, "D_vision": 0, "timed": 0, "spent": 0.0}
+        # auto: on a CPU, compiling gains 4 % of a step for 45 s of start-up (results/speed.md)
+        self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
+        if self.compiled:
+            compile_blocks(self.model, machine)
         if machine.is_cuda:
             torch.cuda.reset_peak_memory_stats(machine.device)
 
-    def config(self):
-        data = {**asdict(self.run.data), "tokenizer": self.loader.source.tokenizer}
-        return {"model": asdict(self.run.model), "train": asdict(self.run.train), "data": data}
-
-    def describe(self, rows, accumulation):
+    def describe(self):
         """Says the derived numbers and writes config.json."""
         run, cfg, n = self.run, self.run.train, self.model.num_params()
-        D = run.steps * cfg.tokens_per_step
         self.machine.say(
-            f"{run.name}: N {n['N']:,} ({n['N_total']:,} in all, {n['N_vision']:,} vision), D {D:,} "
-            f"= {run.steps} steps of {rows} rows x {accumulation} micro-steps x "
-            f"{self.machine.ranks} ranks, lr {cfg.lr:.2g}, warmup {cfg.warmup}, cooldown from "
-            f"{run.branch}, {self.machine.name}{', compiled' if compiles(cfg, self.machine) else ''}"
-            + (f", from step {self.step}" if self.step else ""))
-        if abs(D / whole_number(cfg.tokens) - 1) > 0.05:
-            self.machine.say(f"note: --tokens {cfg.tokens} was rounded to whole steps; "
-                             "--tokens-per-step makes them smaller")
+            f"{run.name}: N {n['N']:,} ({n['N_total']:,} in all, {n['N_vision']:,} vision), "
+            f"D {run.steps * cfg.tokens_per_step:,} = {run.steps} steps of {self.rows} rows x "
+            f"{self.accumulation} micro-steps x {self.machine.ranks} ranks, lr {cfg.lr:.2g}, "
+            f"warmup {cfg.warmup}, cooldown from {run.branch}, {self.machine.name}"
+            + ", compiled" * self.compiled + f", from step {self.step}" * (self.step > 0))
         if self.machine.rank == 0:
-            text = json.dumps(self.config(), indent=1)
-            write_whole(run.folder / "config.json", lambda path: path.write_text(text, "utf-8"))
+            text = json.dumps(self.config, indent=1)
+            (run.folder / "config.json").write_text(text, encoding="utf-8")
 
-    def measure(self, totals, norm, start):
-        """The step that has just ended, and started at `start`, as a line of log.jsonl (dict). The
-        line holds nothing that depends on the machine's speed, so that a resumed run's log is the
-        same, bit for bit. None if the loss or the gradient is no longer a number."""
-        loss, balance, count, padding, vision, stopped = totals.tolist()
-        line = {"step": self.step - 1, "loss": loss / max(count, 1),
-                "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
-        if self.run.model.moe == "learned":
-            line["load_balancing_loss"] = balance / max(count, 1)
-        self.stopped, now = stopped > 0, time.perf_counter()
+    def log(self, totals, norm):
+        """Adds the step that has just ended to log.jsonl and returns its loss. Returns None, and
+        adds no line, if the loss or the gradient is no longer a number. A line holds nothing that
+        depends on the machine's speed, so that a resumed run's log is the same, bit for bit."""
+        total, balance, count, padding, vision, stopped = totals.tolist()
+        run, loss, norm = self.run, total / max(count, 1), norm.item()
+        self.stopped = stopped > 0
         self.stats["padding"] += int(padding)
         self.stats["D_vision"] += int(vision)
-        if self.warm:  # in the first step after a start, torch compiles and allocates
+        if self.clock:
             self.stats["timed"] += 1
-            self.stats["spent"] += now - start
-        self.warm = True
-        if not sys.stderr.isatty() and now - self.said > 30:  # where no progress bar is drawn
-            self.said = now
-            self.machine.say(f"{self.run.name}: step {self.step} of {self.run.steps}, "
-                             f"loss {line['loss']:.3f}")
-        return line if math.isfinite(loss + line["grad_norm"]) else None
-
-    def log(self, line):
+            self.stats["spent"] += time.perf_counter() - self.clock
+        if not math.isfinite(total + norm):
+            return None
+        line = {"step": self.step - 1, "loss": loss,
+                "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
+        if run.model.moe == "learned":
+            line["load_balancing_loss"] = balance / max(count, 1)
+        if run.train.eval_every and self.step % run.train.eval_every == 0:
+            line |= {f"val_{k}": v for k, v in evaluate(self).items()}
         if self.machine.rank == 0:
-            with open(self.run.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        self.clock = time.perf_counter()  # so that evaluations do not count as training
+        return loss
 
     def save(self, name):
+        """Writes ckpt.pt, from which the run goes on, or trunk.pt, from which longer runs do."""
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "step": self.step, "stats": self.stats, "identity": self.run.identity(),
-                 "config": self.config()}
+                 "step": self.step, "stats": self.stats, "config": self.config}
         if self.machine.rank == 0:
             with open(self.run.folder / "log.jsonl", "rb+") as file:
                 os.fsync(file.fileno())  # first, so that it covers every step of the checkpoint
             write_whole(self.run.folder / name, lambda path: torch.save(state, path))
 
-    def restore(self, folder, name):
-        """Takes over the state and the log of folder/name. The log may belong to another budget,
-        because the first steps of the trunk are this run's too."""
-        path, parts = folder / name, ("model", "optimizer", "step", "stats", "identity")
-        state = read_checkpoint(path, lambda checkpoint: {k: checkpoint[k] for k in parts})
-        ours, theirs = self.run.identity(), state["identity"]
+    def restore(self, path):
+        """Takes over the state of a checkpoint and the log beside it. They may belong to another
+        budget, because the first steps of the trunk are this run's too."""
+        parts = ("model", "optimizer", "step", "stats", "config")
+        weights, optimizer, self.step, self.stats, config = read_checkpoint(
+            path, lambda saved: [saved[part] for part in parts])
+        ours, theirs = self.run.identity(), ChainMap(*config.values())
         changed = [k for k in ours if theirs.get(k) != ours[k]]
         check(not changed, f"{path} was trained with another {', '.join(changed)}; choose another "
               "--out, or delete it")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.stats = state["step"], state["stats"]
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
         if self.machine.rank == 0:
-            lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines(True)
-            kept = "".join(line for line in lines
-                           if line.endswith("\n") and json.loads(line)["step"] < self.step)
+            log = path.with_name("log.jsonl").read_text(encoding="utf-8").splitlines(True)
+            kept = "".join(log[:self.step])  # a line for each step; what came later is done again
             write_whole(self.run.folder / "log.jsonl", lambda path: path.write_text(kept, "utf-8"))
 
-    def begin(self, family):
-        """Starts from the run's own checkpoint, else from the longest trunk of its family (the
-        budgets with the same identity), else from fresh or given weights."""
+    def begin(self):
+        """Starts from the run's own checkpoint, else from the longest trunk of its family, else
+        from fresh or given weights."""
         run = self.run
         run.folder.mkdir(parents=True, exist_ok=True)
-        if (run.folder / "ckpt.pt").exists():
-            return self.restore(run.folder, "ckpt.pt")
-        trunks = [other for other in family if other.branch <= run.branch
-                  and (other.folder / "trunk.pt").exists()]
-        if trunks:
-            return self.restore(max(trunks, key=lambda other: other.branch).folder, "trunk.pt")
-        self.start_from()
+        trunks = [other.folder / "trunk.pt" for other in self.family if other.branch <= run.branch]
+        for path in (run.folder / "ckpt.pt", *reversed(trunks)):  # runs come the shortest first
+            if path.exists():
+                return self.restore(path)
+        self.adopt_weights()
         if self.machine.rank == 0:  # a log without a checkpoint: killed before the first one
             (run.folder / "log.jsonl").write_text("", encoding="utf-8")
 
-    def start_from(self):
+    def adopt_weights(self):
         """Takes over the weights that --init and --init-vision name. The vision part comes with the
         decoder only if both use the same fusion."""
-        cfg = self.run.train
-        paths = {"decoder": cfg.start("init"),
-                 "vision": cfg.start("init_vision") or cfg.start("init")}
-        read = {path: read_weights(path) for path in {*paths.values()} - {""}}
-        for part, path in paths.items():
-            if not path:
-                continue
-            known, weights = read[path]
+        for part, path in self.run.train.sources().items():
+            known, weights = read_weights(path)
             if part == "decoder" or known.get("fusion") == self.run.model.fusion:
                 adopt(self.model, weights, part, path)
                 self.machine.say(f"{self.run.name}: {part} from {path}")
             else:
-                check(not cfg.init_vision, f"--init-vision {path}: not a run of late fusion")
+                check(not self.run.train.init_vision,
+                      f"--init-vision {path}: not a run of late fusion")
 
 
 def make_optimizer(model, cfg, machine):
@@ -510,9 +482,10 @@ def rate_at(step, run):
     return rate
 
 
-def micro_rows(run, machine):
-    """Rows of a micro-batch: the most that divide the rank's share of a step and fit in memory by
-    a rough rule, about 40 bytes of activations for each token, layer and unit of width."""
+def divide_step(run, machine):
+    """(rows of a micro-batch, micro-steps). Rows are the most that divide the rank's share of a
+    step and fit in memory by a rough rule, about 40 bytes of activations for each token, layer and
+    unit of width."""
     rows, context = run.train.tokens_per_step // run.model.context, run.model.context
     check(rows % machine.ranks == 0, f"{rows} rows a step cannot be shared by {machine.ranks} "
           f"ranks: make --tokens-per-step a multiple of {machine.ranks * context}")
@@ -524,7 +497,8 @@ def micro_rows(run, machine):
         memory = torch.cuda.get_device_properties(machine.device).total_memory
         limit = int(0.4 * memory / (40 * run.model.width * layers * context))
     wanted = max(1, run.train.micro_rows or limit)
-    return max(n for n in range(1, share + 1) if share % n == 0 and n <= wanted)
+    micro_rows = max(n for n in range(1, share + 1) if share % n == 0 and n <= wanted)
+    return micro_rows, share // micro_rows
 
 
 @torch.no_grad()
@@ -532,54 +506,48 @@ def evaluate(trainer):
     """{loss_caption, ..., loss, floor_caption, ...}: text cross-entropy in nats a token over the
     fixed validation rows of each kind, and the mean over kinds (section 1.1). Each rank reads its
     share; the model is the bare one, so that ranks may differ in their number of batches."""
-    machine, loader, result = trainer.machine, trainer.loader, {}
-    kinds, rows = loader.val_kinds(), micro_rows(trainer.run, machine)
+    machine, loader, kinds, result = trainer.machine, trainer.loader, trainer.loader.val_kinds(), {}
+    names = ("loss", "floor") if loader.source.knows_floor else ("loss",)
     trainer.model.eval()
     for kind in kinds:
         total = torch.zeros(3, dtype=torch.float64)  # loss, floor, targets
-        for batch in loader.val_batches(kind, rows, machine.rank, machine.ranks):
+        for batch in loader.val_batches(kind, trainer.rows, machine.rank, machine.ranks):
             with machine.autocast():
                 loss = trainer.model(to_device(batch, machine)).token_loss.cpu().double().sum()
             total += torch.tensor([loss, batch["nll"].double().sum(), len(batch["nll"])])
-        loss, floor, count = machine.sum(total).tolist()
-        result[f"loss_{kind}"] = loss / max(count, 1)
-        if loader.source.knows_floor:
-            result[f"floor_{kind}"] = floor / count
+        *sums, count = machine.sum(total).tolist()
+        result |= {f"{name}_{kind}": value / max(count, 1) for name, value in zip(names, sums)}
     trainer.model.train()
-    means = ("loss", "floor") if loader.source.knows_floor else ("loss",)
     return result | {name: sum(result[f"{name}_{kind}"] for kind in kinds) / len(kinds)
-                     for name in means}
+                     for name in names}
 
 
 def to_device(batch, machine):
     return {k: v.to(machine.device, non_blocking=machine.is_cuda) for k, v in batch.items()}
 
 
-def train(trainer, family):
+def train(trainer):
     """Trains to the last step; returns ok, diverged or stopped. The order is nanoGPT's."""
     run, machine, cfg = trainer.run, trainer.machine, trainer.run.train
-    rows_per_step, rows = cfg.tokens_per_step // run.model.context, micro_rows(run, machine)
-    accumulation = rows_per_step // rows // machine.ranks
-    trainer.describe(rows, accumulation)
-    compile_blocks(trainer)
+    trainer.describe()
     forward = trainer.model
     if machine.ranks > 1:  # the only buffer, the rope table, is the same everywhere: not sent
         forward = DistributedDataParallel(trainer.model, broadcast_buffers=False)
-    batches = trainer.loader.train_batches(trainer.step, run.steps, rows_per_step, rows,
-                                           machine.rank, machine.ranks, machine.is_cuda)
+    batches = trainer.loader.train_batches(
+        trainer.step, run.steps, cfg.tokens_per_step // run.model.context, trainer.rows,
+        machine.rank, machine.ranks, machine.is_cuda)
+    seconds = 0.1 if sys.stderr.isatty() else 30  # a file does not want ten lines a second
     bar = tqdm(total=run.steps, initial=trainer.step, desc=run.name, unit="step", leave=False,
-               disable=machine.rank > 0 or not sys.stderr.isatty())
-    has_branches = any(other.branch > run.branch for other in family)
-    with StopSignal() as stop, bar:
+               mininterval=seconds, delay=seconds, disable=machine.rank > 0)
+    has_branches = any(other.branch > run.branch for other in trainer.family)
+    with trainer.stop, bar:
         while trainer.step < run.steps:
-            start = time.perf_counter()
-
             # learning rate
             for group in trainer.optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_at(trainer.step, run)
 
             # micro-steps
-            totals = forward_and_backward(trainer, forward, batches, accumulation, stop)
+            totals = forward_and_backward(trainer, forward, batches)
             if totals is None:
                 trainer.save("ckpt.pt")
                 return "stopped"
@@ -595,14 +563,11 @@ def train(trainer, family):
             trainer.step += 1
 
             # log
-            line = trainer.measure(totals, norm, start)
-            if line is None:
+            loss = trainer.log(totals, norm)
+            if loss is None:
                 return "diverged"
-            if cfg.eval_every and trainer.step % cfg.eval_every == 0:
-                line |= {f"val_{k}": v for k, v in evaluate(trainer).items()}
-            trainer.log(line)
             bar.update()
-            bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
             # checkpoint
             at_end = trainer.step == run.steps
@@ -615,7 +580,7 @@ def train(trainer, family):
     return "ok"
 
 
-def forward_and_backward(trainer, forward, batches, accumulation, stop):
+def forward_and_backward(trainer, forward, batches):
     """The micro-steps of one step. Gradients of the *sum* of the token losses add up in .grad,
     because a mean over micro-batches of unequal numbers of targets would weigh their tokens
     unequally; they go between ranks with the last micro-step only. Returns (6,), over micro-steps
@@ -624,48 +589,42 @@ def forward_and_backward(trainer, forward, batches, accumulation, stop):
     again after a restart."""
     machine, weight = trainer.machine, trainer.run.train.load_balancing_weight
     totals = torch.zeros(6, device=machine.device)
-    for i in range(accumulation):
-        if stop.asked and machine.ranks == 1:
+    for i in range(trainer.accumulation):
+        if trainer.stop.asked and machine.ranks == 1:
             return None
         batch = to_device(next(batches), machine)
-        alone = machine.ranks == 1 or i == accumulation - 1
+        alone = machine.ranks == 1 or i == trainer.accumulation - 1
         with contextlib.nullcontext() if alone else forward.no_sync():
             with machine.autocast():
                 out = forward(batch)
             balance = out.balance * out.count
             (out.loss + weight * balance).backward()
-        padding, image = (batch["doc"] == 0).sum(), (batch["patch_index"] >= 0).sum()
-        zero = torch.zeros_like(out.loss)
-        totals += torch.stack([out.loss.detach(), balance.detach(), zero + out.count,
-                               zero + padding, zero + image, zero])
-    totals[5] = stop.asked
+        seen = (out.loss.detach(), balance.detach(), out.count, (batch["doc"] == 0).sum(),
+                (batch["patch_index"] >= 0).sum())
+        for total, value in zip(totals, seen):
+            total += value
+    totals[5] = trainer.stop.asked
     return machine.sum(totals)
 
 
-def compiles(cfg, machine):
-    """auto: on CUDA. On a CPU it gains 4 % of a step for 45 s of start-up (results/speed.md)."""
-    return cfg.compile == "on" or cfg.compile == "auto" and machine.is_cuda
-
-
-def compile_blocks(trainer):
+def compile_blocks(model, machine):
     """Compiles each block, not the model: seconds of start-up instead of minutes, and the head's
     changing number of targets recompiles nothing. On CUDA FlexAttention comes with it, which needs
     compiled blocks (`python -m tools.check` compares it with the dense mask)."""
-    if not compiles(trainer.run.train, trainer.machine):
-        return
     torch.compiler.reset()  # otherwise a later budget finds the cache full and runs uncompiled
-    for module in trainer.model.modules():
+    for module in model.modules():
         if isinstance(module, Block):
             module.compile()
-    trainer.model.flex = trainer.machine.is_cuda
+    model.flex = machine.is_cuda
 
 
 class StopSignal:
     """Turns Ctrl-C and SIGTERM (a rented machine being taken back) into a flag that the loop
     looks at after each step, so that it can save first. A second Ctrl-C stops at once."""
 
+    asked = False
+
     def __enter__(self):
-        self.asked = False
         self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -682,25 +641,22 @@ class StopSignal:
 
 # ---- The result of a run ----------------------------------------------------------------------
 
-
 def result_row(trainer, status, losses):
     """The line of results.jsonl."""
     run, machine, n = trainer.run, trainer.machine, trainer.model.num_params()
-    model, cfg, stats = run.model, run.train, trainer.stats
-    D, D_vision = trainer.step * cfg.tokens_per_step, stats["D_vision"]
+    model, stats, settings = run.model, trainer.stats, ChainMap(*trainer.config.values())
+    tokens = run.train.tokens_per_step
+    D, D_vision = trainer.step * tokens, stats["D_vision"]
+    copied = ("fusion moe granularity width depth mixture data image_size patch_size context "
+              "tokens_per_step lr vision_lr warmup seed init init_vision")
     experts = {"none": 1, "modality": 2, "learned": model.experts}[model.moe]
     return {
-        "run": run.name, "fusion": model.fusion, "moe": model.moe, "n_experts": experts,
-        "top_k": model.top_k if model.moe == "learned" else 1, "granularity": model.granularity,
-        "width": model.width, "depth": model.depth,
+        "run": run.name, **{name: settings[name] for name in copied.split()}, "n_experts": experts,
+        "top_k": model.top_k if model.moe == "learned" else 1,
         "vision_width": model.encoder_width if n["N_vision"] else 0, **n,
-        "D": D, "D_vision": D_vision, "padding": stats["padding"] / max(D, 1),
-        "C": trainer.model.flops(D, D_vision), **losses, "mixture": run.data.mixture,
-        "data": run.data.data, "image_size": model.image_size, "patch_size": model.patch_size,
-        "context": model.context, "tokens_per_step": cfg.tokens_per_step, "steps": run.steps,
-        "lr": cfg.lr, "vision_lr": cfg.vision_lr, "warmup": cfg.warmup, "seed": cfg.seed,
-        "init": cfg.init, "init_vision": cfg.init_vision,
-        "tok_per_s": round(stats["timed"] * cfg.tokens_per_step / max(stats["spent"], 1e-9), 1),
+        "D": D, "D_vision": D_vision, "C": trainer.model.flops(D, D_vision), **losses,
+        "padding": stats["padding"] / max(D, 1), "steps": run.steps,
+        "tok_per_s": round(stats["timed"] * tokens / max(stats["spent"], 1e-9), 1),
         "wall_s": round(stats["spent"], 2), "peak_mem_mb": peak_memory(machine),
         "device": machine.name, "world_size": machine.ranks, "torch": torch.__version__,
         "git": git_commit(), "status": status,
@@ -719,6 +675,7 @@ def peak_memory(machine):
 
 
 def git_commit():
+    """The short hash of the code that trains, "" outside a repository, None without git."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
     with contextlib.suppress(OSError):  # no git here
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -728,13 +685,12 @@ def summary(row):
     """A row of results in one line for a person."""
     if row["status"] != "ok":
         return f"{row['run']}: {row['status']} (the loss was no longer a number)"
-
-    def with_floor(kind):
-        floor = row.get(f"floor{kind}")
-        return f"{row[f'loss{kind}']:.3f}" + ("" if floor is None else f" (floor {floor:.3f})")
-    kinds = " | ".join(f"{k[5:]} {with_floor(k[4:])}" for k in row if k.startswith("loss_"))
-    return (f"{row['run']}: N {row['N']:,} D {row['D']:,} | loss {with_floor('')} | {kinds} | "
-            f"{row['tok_per_s']:,.0f} tokens/s")
+    parts = [f"{row['run']}: N {row['N']:,} D {row['D']:,}"]
+    for name in sorted(name for name in row if name.startswith("loss")):  # the mean comes first
+        floor = row.get(name.replace("loss", "floor"))
+        parts.append(f"{name.removeprefix('loss_')} {row[name]:.3f}"
+                     + (f" (floor {floor:.3f})" if floor is not None else ""))
+    return " | ".join([*parts, f"{row['tok_per_s']:,.0f} tokens/s"])
 
 
 def show_sample(trainer):
@@ -755,20 +711,18 @@ def show_sample(trainer):
 
 def train_one(run, runs, machine):
     """Trains one run and appends its line to results.jsonl. False if it was asked to stop."""
-    family = [other for other in runs if other.identity() == run.identity()]
-    trainer = Trainer(run, machine)
-    trainer.begin(family)
+    trainer = Trainer(run, machine, runs)
+    trainer.begin()
     try:
-        status = train(trainer, family)
+        status = train(trainer)
     except torch.OutOfMemoryError:
-        raise SystemExit(f"{run.name}: out of memory; try a smaller --micro-rows, which "
-                         "accumulates more, or --checkpointing") from None
+        raise SystemExit(f"{run.name}: out of memory; try --checkpointing, or a smaller "
+                         "--micro-rows, which accumulates more") from None
     if status == "stopped":
-        machine.say(f"{run.name}: saved at step {trainer.step} of {run.steps}; the same command "
-                    "goes on from here")
+        machine.say(f"{run.name}: saved at step {trainer.step}; the same command goes on from here")
         return False
-    losses = evaluate(trainer) if status == "ok" else {"loss": None}
-    if status == "ok" and not math.isfinite(losses["loss"]):
+    losses = evaluate(trainer) if status == "ok" else {"loss": math.nan}
+    if not math.isfinite(losses["loss"]):  # None, because JSON has no NaN
         status, losses = "diverged", {"loss": None}
     row = result_row(trainer, status, losses)
     if machine.rank == 0:
@@ -780,11 +734,12 @@ def train_one(run, runs, machine):
 
 
 def main(argv):
+    """Trains what is not finished, the shortest run first, because longer ones need its trunk."""
     runs = parse_runs(argv)
     machine = Machine.start(runs[0].train.device)
     for run in runs:
-        row = machine.share(finished(run.train.out).get(run.name))
-        if row:
+        row = finished(run.train.out).get(run.name)
+        if row:  # rank 0 wrote it, but every rank reads it, from the folder that all of them share
             machine.say(f"finished before: {summary(row)}")
         elif not train_one(run, runs, machine):
             sys.exit(130)

@@ -314,7 +314,7 @@ def test_the_set_of_flags_is_frozen():
         context image_size patch_size mlp_multiple vision_width vision_depth checkpointing data
         mixture augment flip val_rows workers""".split())
     fields = [f.name for kind in (train.TrainConfig, train.ModelConfig, train.DataConfig)
-              for f in train.dataclasses.fields(kind)]
+              for f in train.fields(kind)]
     assert set(fields) - {"vocab_size"} == known
 
 
@@ -349,7 +349,7 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     trained(tmp_path, "--tokens", "5K")
     folder = one(tmp_path)
     state = torch.load(folder / "ckpt.pt", weights_only=True)
-    state["identity"]["width"] = 24
+    state["config"]["model"]["width"] = 24
     torch.save(state, folder / "ckpt.pt")
     (tmp_path / "results.jsonl").unlink()
     with pytest.raises(SystemExit, match="another width"):

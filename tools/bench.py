@@ -34,7 +34,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -54,7 +53,6 @@ from tools.sizes import training_memory
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"1M": dict(width=128, depth=5, heads=4), "5M": dict(width=256, depth=6, heads=4),
          "20M": dict(width=512, depth=6, heads=8)}
-GO_ON = SimpleNamespace(asked=False)  # what a train.StopSignal says until somebody stops the run
 GPU_STEP = {"tokens_per_step": 16 * 1024}  # 16 rows of the paper's context
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # published dense bf16 FLOP/s
 GPU_MARKS = {
@@ -198,16 +196,14 @@ class Stock(nn.Module):
 
 def trainee(machine, given, kind=Model):
     """A train.Trainer, whose model may be another kind of module."""
-    run = train.make_runs({"tokens_per_step": 2048, **given})[0]
+    run = train.make_runs({"tokens_per_step": 2048, "micro_rows": 2048, **given})[0]
     with mock.patch.object(train, "Model", kind):
-        trainer = train.Trainer(run, machine)
-    train.compile_blocks(trainer)
-    return trainer
+        return train.Trainer(run, machine)
 
 
 def step(trainer, batch):
     """One training step as in train.train: forward, backward, clip, AdamW."""
-    totals = train.forward_and_backward(trainer, trainer.model, iter([batch]), 1, GO_ON)
+    totals = train.forward_and_backward(trainer, trainer.model, iter([batch]))
     grads = [p.grad for p in trainer.model.parameters()]
     torch._foreach_mul_(grads, 1 / totals[2].clamp(min=1))
     torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.run.train.grad_clip)
@@ -336,7 +332,7 @@ def upkeep(bench):
     """Evaluation and checkpoints of `python train.py`, by the wall: a disk takes no CPU time."""
     trainer = trainee(bench.machine, {"tokens_per_step": 1024, "out": str(bench.folder)})
     run, batches = trainer.run, make_batches(trainer)
-    trainer.begin([run])
+    trainer.begin()
 
     def evaluation(r):
         data.Procedural.val_rows.cache_clear()  # a run evaluates once, and makes its rows for that
@@ -360,15 +356,14 @@ def overhead(bench):
     n = 8 if bench.quick else 40
     trainer = trainee(bench.machine, {"tokens_per_step": 1024, "out": str(bench.folder),
                                       "tokens": str(1024 * n)})
-    trainer.begin([trainer.run])
+    trainer.begin()
     trainer.save = trainer.describe = lambda *args: None  # `upkeep` has the checkpoint
-    trainer.said = float("inf")  # no line of progress amid the table
     batches, loader = make_batches(trainer, n), trainer.loader
     rows, n_patches = len(batches[0]["doc"]), trainer.run.model.n_patches
 
     def loop(r):
         trainer.step = 0
-        train.train(trainer, [trainer.run])
+        train.train(trainer)
 
     def masks(r):
         for batch in batches:

@@ -17,7 +17,7 @@ import torch
 from data import Loader, check
 from model import PRESETS, Model, ModelConfig
 from tools.sweep import parse_grid
-from train import LAPTOP, Parser
+from train import SIZES, Parser
 
 IMAGE_SHARE = 0.544  # of the tokens of the paper's 45-45-10 mixture (D_v / D, App. C.2)
 
@@ -95,7 +95,7 @@ def matched_width(run, rule):
 def equal_text(run):
     """The flags at which a row holds as much text as it does with images of the default size:
     images take more room, so the row grows, and with it the tokens of a step and of the run."""
-    sizes = PRESETS.get(run.train.preset, LAPTOP)
+    sizes = SIZES[run.train.preset]
     base = replace(run.model, image_size=sizes["image_size"], patch_size=sizes["patch_size"])
     goal, _ = positions(run.data, base)
     context = base.context + run.model.n_patches

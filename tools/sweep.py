@@ -3,8 +3,8 @@
     python -m tools.sweep --fusion early,late --width 16,32 --tokens 1M,2M --seed 0,1 --out runs/x
     python -m tools.sweep ... --part 2/4        on the second of four machines that share a study
 
-Budgets (--tokens) stay together, because they share a trunk. A machine with GPUs trains one model on
-each of them; a CPU trains one a core, each on one thread, because two threads on one small model
+Budgets (--tokens) stay together, because they share a trunk. A machine with GPUs trains one model
+on each of them; a CPU trains one a core, each on one thread, because two threads on one small model
 are slower than two models on a thread each. All other flags go to train.py. Stop it when you like:
 the same command goes on where it stopped.
 """
@@ -115,15 +115,16 @@ def train_all(jobs, free, bar, stop):
             children[longest.name] = start(argv, longest, place), place
         time.sleep(0.5)
         for name, (child, place) in list(children.items()):
-            if child.poll() is None:
-                if stop.asked and not child.asked:  # once: the second time would end its saving
-                    child.terminate()
-                child.asked = stop.asked
-                continue
-            del children[name]
-            free.append(place)
-            why = failure(child)
-            failures += [f"{name}: {why}"] if why and not child.asked else []
+            ended = child.poll() is not None
+            if ended:
+                del children[name]
+                free.append(place)
+                why = failure(child)
+                failures += [f"{name}: {why}"] if why and not child.asked else []
+            # asked once, because a second signal would end its saving
+            if stop.asked and not ended and not child.asked:
+                child.terminate()
+                child.asked = True
         rows = train.finished(out)
         for name in [run.name for run in runs if run.name in rows.keys() - told]:
             tqdm.write(train.summary(rows[name]), file=sys.stdout)
@@ -134,8 +135,8 @@ def train_all(jobs, free, bar, stop):
 
 def main(argv=None):
     parser = train.Parser(prog="python -m tools.sweep", description=__doc__)
-    parser.add_argument("--jobs", type=int, default=0, help="processes at a time; 0: one a core, or "
-                        "one a GPU")
+    parser.add_argument("--jobs", type=int, default=0, help="processes at a time; 0 = one a "
+                        "core, or one a GPU")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="only this part of the study")
     parser.add_argument("--child", action="store_true", help=train.argparse.SUPPRESS)
     args, words = parser.parse_known_args(argv)
@@ -161,8 +162,8 @@ def main(argv=None):
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     missing = [run.name for run in runs if run.name not in train.finished(run.train.out)]
-    check(not missing, f"{len(missing)} of {len(runs)} runs are not finished; the same command goes "
-          "on from here")
+    check(not missing, f"{len(missing)} of {len(runs)} runs are not finished; the same command "
+          "goes on from here")
 
 
 if __name__ == "__main__":
