@@ -294,6 +294,13 @@ class Machine:
             dist.all_reduce(tensor)
         return tensor
 
+    def share(self, value):
+        """Rank 0's value on every rank."""
+        box = [value]
+        if self.ranks > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
     def say(self, text):
         """Prints a line once, not once for each rank."""
         if self.rank == 0:
@@ -376,31 +383,28 @@ class Trainer:
             text = json.dumps(self.config, indent=1)
             (run.folder / "config.json").write_text(text, encoding="utf-8")
 
-    def log(self, totals, norm):
-        """Adds the step that has just ended to log.jsonl and returns its loss. Returns None, and
-        adds no line, if the loss or the gradient is no longer a number. A line holds nothing that
-        depends on the machine's speed, so that a resumed run's log is the same, bit for bit."""
-        total, balance, count, padding, vision, stopped = totals.tolist()
-        run, loss, norm = self.run, total / max(count, 1), norm.item()
+    def measure(self, totals, norm):
+        """The step that has just ended as a line of log.jsonl (dict); None if the loss or the
+        gradient is no longer a number. A line holds nothing that depends on the machine's speed, so
+        that a resumed run's log is the same, bit for bit."""
+        loss, balance, count, padding, vision, stopped = totals.tolist()
+        line = {"step": self.step - 1, "loss": loss / max(count, 1),
+                "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
+        if self.run.model.moe == "learned":
+            line["load_balancing_loss"] = balance / max(count, 1)
         self.stopped = stopped > 0
         self.stats["padding"] += int(padding)
         self.stats["D_vision"] += int(vision)
         if self.clock:
             self.stats["timed"] += 1
             self.stats["spent"] += time.perf_counter() - self.clock
-        if not math.isfinite(total + norm):
-            return None
-        line = {"step": self.step - 1, "loss": loss,
-                "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
-        if run.model.moe == "learned":
-            line["load_balancing_loss"] = balance / max(count, 1)
-        if run.train.eval_every and self.step % run.train.eval_every == 0:
-            line |= {f"val_{k}": v for k, v in evaluate(self).items()}
+        return line if math.isfinite(loss + line["grad_norm"]) else None
+
+    def log(self, line):
         if self.machine.rank == 0:
-            with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            with open(self.run.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         self.clock = time.perf_counter()  # so that evaluations do not count as training
-        return loss
 
     def save(self, name):
         """Writes ckpt.pt, from which the run goes on, or trunk.pt, from which longer runs do."""
@@ -562,12 +566,15 @@ def train(trainer):
             trainer.optimizer.zero_grad(set_to_none=True)
             trainer.step += 1
 
-            # log
-            loss = trainer.log(totals, norm)
-            if loss is None:
+            # evaluation and log
+            line = trainer.measure(totals, norm)
+            if line is None:
                 return "diverged"
+            if cfg.eval_every and trainer.step % cfg.eval_every == 0:
+                line |= {f"val_{k}": v for k, v in evaluate(trainer).items()}
+            trainer.log(line)
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
 
             # checkpoint
             at_end = trainer.step == run.steps
@@ -738,8 +745,8 @@ def main(argv):
     runs = parse_runs(argv)
     machine = Machine.start(runs[0].train.device)
     for run in runs:
-        row = finished(run.train.out).get(run.name)
-        if row:  # rank 0 wrote it, but every rank reads it, from the folder that all of them share
+        row = machine.share(finished(run.train.out).get(run.name))  # or ranks could disagree
+        if row:
             machine.say(f"finished before: {summary(row)}")
         elif not train_one(run, runs, machine):
             sys.exit(130)

@@ -158,7 +158,7 @@ def small_experiment(command, home):
     budget = "2K,4K" if trains and "," in words[words.index("--tokens") + 1] else "4K"
     if trains and not paper:  # what a sweep is about stays: image size, context, widths
         words = [sys.executable, *words[1:], "--width", "16", "--depth", "1", "--tokens-per-step",
-                 "512", "--context", "128", "--warmup", "2", "--val-rows", "2", "--device", "cpu"]
+                 "512", "--context", "256", "--warmup", "2", "--val-rows", "2", "--device", "cpu"]
     else:
         words = small(words) + ["--vision-width", "0"] * trains
     if trains:
