@@ -7,25 +7,7 @@
 The law L = E + A/N^alpha + B/D^beta (N parameters, D tokens, L nats) is fitted to each group of
 runs as the paper does it (arXiv 2504.07951, App. C). The program prints the paper's Table 2 with
 95 % intervals and writes laws.json and laws.png. E is the loss that no model beats; the best
-models for C FLOPs follow N ~ C^a, D ~ C^b, D ~ N^d, and their loss L ~ C^c.
-
-  --where RULE        only rows with, say, kept=1, C<1e21 or fusion!=late (repeatable)
-  --group-by COL,COL  a law for each value of these columns (default: fusion, moe and mixture
-                      where there are any; '' fits one law to all rows)
-  --loss COL,COL      losses to fit (default: loss)
-  --best-per-cell     of runs with equal N and D keep the best (default: all, as repeats)
-  --holdout K|RULE    fit without the K largest sizes, or rows such as 'N>1e9'; test on them
-  --budget C,C        best N, D and loss for C FLOPs; 24hx8xh100x0.4 is 24 hours on 8 GPUs of
-                      type h100 at 0.4 of their peak
-  --compare A B       differences of two groups, with intervals
-  --bootstrap K       resamples for the intervals (default: 1000)
-  --cluster COL       resample whole widths, seeds or runs instead of rows
-  --delta X           threshold of the Huber loss (default: 1e-3)
-  --min-budget C      FLOPs from which the frontier counts (paper: 3e19; default: after a quarter
-                      of the decades)
-  --out FOLDER        where to write (default: the run folder, or here)
-  --json FILE         where to write the numbers instead of laws.json
-  --no-plots          no figure
+models for C FLOPs follow N ~ C^a, D ~ C^b, D ~ N^d, and their loss L ~ C^c. "?" marks what these runs do not determine.
 
 Other laws and figures of the same runs: python -m tools.laws_more, python -m tools.figures.
 """
@@ -38,7 +20,6 @@ import csv
 import difflib
 import json
 import operator
-import os
 import re
 from dataclasses import dataclass, replace
 from itertools import product
@@ -147,25 +128,18 @@ def objective(theta, problem, weight=1.0):
 
 
 def minimise(problem, starts, weight=1.0, bounds=None):
-    """L-BFGS-B from each start (P,) -> scipy's best result: theta x, objective fun, slope jac."""
-    options = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 2000, "maxfun": 5000}
+    """L-BFGS-B from each start (P,) -> scipy's best result: theta x, objective fun."""
+    options = {"ftol": 1e-15, "gtol": 1e-10}
     found = [minimize(objective, start, (problem, weight), "L-BFGS-B",
                       jac=True, bounds=bounds, options=options)
              for start in starts]
     return min(found, key=lambda result: result.fun)
 
 
-def paper_starts(problem):
-    """The paper's grid of 7 x 7 x 4 x 3 x 3 starts -> theta (1764, 5)."""
-    logs, e, slopes = range(0, 31, 5), (-1, -0.5, 0.5, 1), (0, 0.5, 2.5)
-    grid = list(product(logs, logs, e, slopes, slopes))
-    return problem.theta(np.array(grid, float))
-
-
 def projected_starts(problem, *grids):
-    """Our starts (K, P): on a grid of slopes, where the law is linear in A, B and E, solve it.
+    """Starts (K, P): on a grid of slopes, where the law is linear in A, B and E, solve it.
 
-    Most of these lead to the best minimum, while most of the paper's do not.
+    The paper starts from a fixed grid of 1764, most of which do not lead to the best minimum.
     """
     T, starts = len(problem.design), []
     for slopes in product(*(grids or [np.geomspace(0.05, 2.5, 12)] * 2)):
@@ -188,7 +162,6 @@ class Fit:
 
     coef: np.ndarray  # (5,) ln A, ln B, ln E, alpha, beta
     objective: float  # the sum of Huber losses
-    gradient: float  # the largest slope left in theta, divided by delta * n
     condition: float  # of dr / dcoef: 2e2 on a good grid, 1e7 where D/N is constant
     flags: list  # sentences, one for each reason for doubt
     unidentified: list  # coefficients that the data do not determine
@@ -200,11 +173,9 @@ def fit_law(runs, delta=1e-3):
     check(len(N) >= 6, f"{name}: {len(N)} usable rows; at least 6 are needed")
     check(np.ptp(np.log(N)) > 0.01, f"{name}: all N are equal; run at least two sizes")
     problem = build_problem(runs, delta)
-    best = minimise(problem, [*screen(problem, paper_starts(problem)),
-                              *screen(problem, projected_starts(problem))])
-    slope = np.abs(best.jac).max() / len(N)
+    best = minimise(problem, screen(problem, projected_starts(problem)))
     doubts = diagnose(runs, problem, best.x)
-    return Fit(best.x @ problem.centring, best.fun * delta, slope, *doubts)
+    return Fit(best.x @ problem.centring, best.fun * delta, *doubts)
 
 
 # ---------------------------------------------------------------- doubts and intervals
@@ -274,8 +245,8 @@ def interval(samples):
 
 
 def predict(coef, N, D):
-    """Loss of coefficients (5,) at N and D, arrays of one shape."""
-    a, b, e, alpha, beta = coef
+    """Loss of coefficients (5,) at N and D of any shape; of (K, 5) at K of them."""
+    a, b, e, alpha, beta = np.transpose(coef)
     return np.exp(e) + np.exp(a - alpha * np.log(N)) + np.exp(b - beta * np.log(D))
 
 
@@ -285,13 +256,15 @@ def encoder(N, vision):
 
 
 def optimum(coef, C, vision=(0, 0, 1)):
-    """Best models of coefficients (5,) for C FLOPs -> N, D, loss, like C; NaN if there is none.
+    """Best models for C FLOPs -> N, D, loss, like C; NaN if there is none.
+
+    Many budgets for coefficients (5,), or one budget for (K, 5).
 
     C = 6 (N_v D_v + N D) = 6 g N D, where g >= 1 is the encoder's part. At fixed C, a rise of
     ln N lowers ln D by s, so alpha A/N^alpha = s beta B/D^beta at the best N. Without an encoder
     g = s = 1. With one, g and s hardly depend on N, and repeating the formula finds them.
     """
-    a, b, _, alpha, beta = coef
+    a, b, _, alpha, beta = np.transpose(coef)
     g = s = 1.0
     with np.errstate(all="ignore"):  # an exponent below 0 makes it NaN
         odds = a - b + np.log(alpha) - np.log(beta)
@@ -303,26 +276,13 @@ def optimum(coef, C, vision=(0, 0, 1)):
         return N, D, predict(coef, N, D)
 
 
-def derive(coef, runs=None):
-    """Coefficients (5,) -> {name: value}: the law, and a, b, d by the closed form for C = 6 N D.
-
-    With runs also by App. C.2: lines through the best N, D and loss at 16 budgets in the range
-    of C. Late fusion has a second a, d for N + N_v, the paper's late row, where a + b is not 1.
-    """
-    alpha, beta = coef[3:]
-    values = dict(zip(NAMES, [*np.exp(coef[:3]), alpha, beta]))
-    with np.errstate(all="ignore"):
-        values["a"], values["b"] = np.array([beta, alpha]) / (alpha + beta)
-        values["d"] = alpha / beta
-    if runs is None:
-        return values
-    C = np.geomspace(runs.C.min(), runs.C.max() * (1 + 1e-9), 16)
-    N, D, loss = optimum(coef, C, runs.vision)
-    total = {"total": N + encoder(N, runs.vision)} if runs.vision[0] else {}
-    for suffix, size in ({"regression": N} | total).items():
-        for name, x, y in (("a", C, size), ("b", C, D), ("c", C, loss), ("d", size, D)):
-            values[f"{name}_{suffix}"] = fit_line(np.log(x), np.log(y))[0]
-    return values
+def derive(coef):
+    """Coefficients (5,) or (K, 5) -> {name: value}, with a, b, d by the closed form for C = 6 N D."""
+    logs, (alpha, beta) = np.transpose(coef)[:3], np.transpose(coef)[3:]
+    values = dict(zip(NAMES, [*np.exp(logs), alpha, beta]))
+    with np.errstate(all="ignore"):  # exponents that cancel have no a
+        a, b = beta / (alpha + beta), alpha / (alpha + beta)
+        return values | {"a": a, "b": b, "d": alpha / beta}
 
 
 def fit_line(x, y):
@@ -360,12 +320,9 @@ def envelope(C, L, cut):
 
 # ---------------------------------------------------------------- reading tables
 
-ALIASES = {alias: name for name, aliases in {  # as others write N, D, loss and C
-    "N": "n params parameters n_params num_params model_size active_params",
-    "D": "d tokens n_tokens num_tokens train_tokens training_tokens",
-    "loss": "val_loss validation_loss eval_loss test_loss final_loss",
-    "C": "c flops flop compute train_flops training_flop training_flops",
-}.items() for alias in aliases.split()}
+ALIASES = {"n": "N", "params": "N", "parameters": "N", "n_params": "N", "num_params": "N",
+           "d": "D", "tokens": "D", "n_tokens": "D", "num_tokens": "D", "train_tokens": "D",
+           "val_loss": "loss", "c": "C", "flops": "C", "compute": "C"}
 SIGNS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt,
          "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
@@ -377,17 +334,16 @@ def read_rows(path):
     check(path.is_file() and kind in (".jsonl", ".csv", ".tsv"),
           f"{path}: no such table (run folder, .jsonl, .csv or .tsv)")
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
-        lines = [line for line in lines if line.strip()] or [""]
-        comma = max(",;\t", key=lines[0].count)
+        text = path.read_text("utf-8-sig")
+        lines = [line for line in text.splitlines() if line.strip()]
+        comma = max(",;\t", key=text.count)
         rows = list(csv.DictReader(lines, delimiter=comma, restkey="status"))
         if kind == ".jsonl":
-            rows = [json.loads(line) if line[-1:] == "}" else broken for line in lines]
+            rows = [json.loads(line) if line[-1] == "}" else broken for line in lines]
     except ValueError:
         check(False, f"{path}: not a {kind} table in UTF-8")
     for row, key in [(row, key) for row in rows for key in row]:
-        plain = re.sub(r"\W+", "_", key.strip()).lower()
-        row.setdefault(ALIASES.get(plain, key), row[key])
+        row.setdefault(ALIASES.get(key.strip().lower(), key), row[key])
     return rows
 
 
@@ -438,39 +394,31 @@ def keep(rows, mask, reason, notes):
 
 
 def load(args):
-    """Command line -> rows with sound N and D, notes on the others."""
+    """Command line -> rows of finished runs, notes on the others."""
     rows = [row for path in args.path for row in read_rows(path)]
     check(rows, f"{args.path[0]}: no rows in it")
-    notes = [f"{len(rows)} rows read from {', '.join(args.path)}"]
+    rows = list({repr(row): row for row in rows}.values())  # a table may be given twice
+    notes = [f"{len(rows)} different rows read from {', '.join(args.path)}"]
     status = [str(row.get("status") or "ok") for row in rows]
     bad = ", ".join(sorted({*status} - {"ok"}))
     rows = keep(rows, [s == "ok" for s in status], f"status is {bad}", notes)
     for rule in args.where:
         rows = keep(rows, select(rows, rule), f"not {rule}", notes)
-    first = {repr(row): row for row in reversed(rows)}
-    once = [first[repr(row)] is row for row in rows]
-    rows = keep(rows, once, "exact copies of another row", notes)
-    if "D" not in rows[0] and "C" in rows[0]:
-        notes.append("no column of tokens: D = C / (6 N)")
-        for row in rows:
-            row["D"] = number(row["C"]) / (6 * number(row.get("N")))
-    for name in ("N", "D"):
-        column(rows, name)
-        good = np.isfinite(positive(rows, name))
-        rows = keep(rows, good, f"{name} is not a positive number", notes)
     return rows, notes
 
 
 def make_runs(rows, name, loss, args, notes):
-    """Rows of one group, the column of its losses -> Runs. Notes tell what is odd about them."""
-    column(rows, loss)
-    good = np.isfinite(positive(rows, loss))
-    rows = keep(rows, good, f"{loss} is not a positive number in {name}", notes)
+    """Rows of one group, the column of its losses -> Runs. Notes tell what is odd about them.
+
+    Rows of equal N and D are seeds, and all are kept.
+    """
+    for key in ("N", "D", loss):
+        column(rows, key)
+        good = np.isfinite(positive(rows, key))
+        rows = keep(rows, good, f"{key} is not a positive number in {name}", notes)
     N, D, L, C = (positive(rows, key) for key in ("N", "D", loss, "C"))
     Nv, Dv = positive(rows, "N_vision"), positive(rows, "D_vision")
     floor = positive(rows, loss.replace("loss", "floor", 1))
-    if not all(1e3 < np.median(x) < 1e16 for x in (N, D)):
-        notes.append(f"{name}: are N and D single parameters and tokens?")
     for key in ("n_experts", "top_k", "image_size", "patch_size", "context"):
         kinds = {str(row.get(key)) for row in rows}
         if len(kinds) > 1 and key not in (args.group_by or ""):
@@ -482,13 +430,7 @@ def make_runs(rows, name, loss, args, notes):
     if "C" in rows[0] and not np.abs(C / paper - 1).max() < 0.05:
         notes.append(f"{name}: C is not a positive number, or not 6 N D")
     C = C if np.isfinite(C).all() else paper
-    runs = Runs(name, N, D, L, C, np.array(rows), vision, float(floor.mean()))
-    order = np.argsort(L, kind="stable")
-    best = order[np.unique(np.c_[N, D][order], axis=0, return_index=True)[1]]
-    if len(best) < len(rows):
-        repeats = len(rows) - len(best)
-        notes.append(f"{name}: {repeats} rows repeat an N and D (--best-per-cell)")
-    return runs.rows(np.sort(best)) if args.best_per_cell else runs
+    return Runs(name, N, D, L, C, np.array(rows), vision, float(floor.mean()))
 
 
 # ---------------------------------------------------------------- all numbers of one group
@@ -506,48 +448,44 @@ def quality(coef, runs):
 
 
 def study(runs, args, stream):
-    """Fit and resample one group -> its runs, fit and record (all numbers, as in laws.json),
-    cluster (n,), and of K resamples the weight (K, n), refits draws (K, 5), samples {name: (K,)}.
+    """Fit and resample one group -> its runs, fit and record (all numbers, as in laws.json), and of
+    K resamples the weight (K, n), refits draws (K, 5), samples {name: (K,)}.
     `stream` seeds the resamples, so that groups are independent."""
     rule = args.holdout or "N<0"
     if rule.isdecimal():
         rule = f"N>={np.unique(runs.N)[-int(rule) :][0]}"
     held = select(runs.table, rule)
     test, runs = runs.rows(held), runs.rows(~held)
-    fit = fit_law(runs, args.delta)
+    fit = fit_law(runs)
     cluster = np.arange(len(runs.N))
-    if args.cluster:
-        cluster = np.array(column(runs.table, args.cluster), str)
-        check(len({*cluster}) > 1, f"one --cluster {args.cluster} in all rows")
     weight = draw_weights(cluster, args.bootstrap, [0, stream])
-    draws = bootstrap(runs, fit, weight, args.delta)
-    cut = args.min_budget or runs.C.min() ** 0.75 * runs.C.max() ** 0.25
-    values = derive(fit.coef, runs)
-    many = [derive(coef, runs) for coef in draws]
-    samples = {k: np.array([one[k] for one in many]) for k in values}
+    draws = bootstrap(runs, fit, weight)
+    cut = runs.C.min() ** 0.75 * runs.C.max() ** 0.25  # the frontier counts from here on
+    values, samples = derive(fit.coef), derive(draws)
     values["c"] = envelope(runs.C, runs.L, cut)
     samples["c"] = np.array([envelope(runs.C[w > 0], runs.L[w > 0], cut) for w in weight])
-    ci = {k: interval(x) for k, x in samples.items()} if many else {}
+    ci = {k: interval(x) for k, x in samples.items()} if args.bootstrap else {}
     if ci and fit.condition > 1e5:  # resamples stop anywhere on a ridge
         ci |= dict.fromkeys([*fit.unidentified, *"abd"])
-    record = {"name": runs.name, **values, **quality(fit.coef, runs), "ci": ci}
-    record |= {"floor": runs.floor, "cut": cut, "not_identified": fit.unidentified}
-    record |= {k: getattr(fit, k) for k in ("objective", "gradient", "condition", "flags")}
-    record["holdout"] = quality(fit.coef, test) if held.any() else None
     s = SimpleNamespace(runs=runs, fit=fit, weight=weight, draws=draws,
-                        cluster=cluster, samples=samples, record=record)
-    record["budgets"] = [at_budget(s, C)[0] for C in args.budget]
+                        cluster=cluster, samples=samples)
+    s.record = {"name": runs.name, **values, **quality(fit.coef, runs), "ci": ci,
+                "floor": runs.floor, "cut": cut, "objective": fit.objective,
+                "condition": fit.condition, "flags": fit.flags,
+                "not_identified": fit.unidentified,
+                "holdout": quality(fit.coef, test) if held.any() else None,
+                "budgets": [at_budget(s, C)[0] for C in args.budget]}
     return s
 
 
 def at_budget(s, C):
-    """Compute-optimal model for C FLOPs: -> its numbers, (K,) bootstrap losses."""
-    names, vision = ("N", "D", "loss"), s.runs.vision
-    many = np.reshape([optimum(coef, C, vision) for coef in s.draws], (-1, 3))
-    found = {"C": C} | dict(zip(names, optimum(s.fit.coef, C, vision)))
-    found["ci"] = {k: interval(x) for k, x in zip(names, many.T)}
-    found["extrapolates"] = bool(not s.runs.C.min() <= C <= s.runs.C.max())
-    return found, many[:, 2]
+    """Compute-optimal model for C FLOPs -> its numbers, (K,) bootstrap losses."""
+    best = optimum(s.fit.coef, C, s.runs.vision)
+    many = optimum(s.draws, C, s.runs.vision)
+    names = ("N", "D", "loss")
+    outside = not s.runs.C.min() <= C <= s.runs.C.max()
+    ci = {k: interval(x) for k, x in zip(names, many)}
+    return {"C": C, **dict(zip(names, best)), "ci": ci, "extrapolates": outside}, many[2]
 
 
 def gather(args):
@@ -568,7 +506,7 @@ def gather(args):
             studies.append(study(runs, args, len(studies)))
         except SystemExit as error:
             notes.append(str(error).removeprefix("fit_laws.py: "))
-    check(studies, "; ".join(notes[1:]))
+    check(studies, "; ".join(dict.fromkeys(notes[1:])))
     return notes, studies
 
 
@@ -602,9 +540,7 @@ def print_table(records):
 def print_details(g):
     """What a careful reader asks about one group."""
     floor = f" (true floor {g['floor']:.5g})" if g["floor"] > 0 else ""
-    print("\n{name}: E = {E:.5g}".format(**g) + floor + ", A = {A:.5g}, B = {B:.5g}\n"
-          "  F = {objective:.8g}, |gradient| / (delta n) = {gradient:.0e}, "
-          "condition number {condition:.1e}".format(**g))
+    print("\n{name}: E = {E:.5g}".format(**g) + floor + ", A = {A:.5g}, B = {B:.5g}".format(**g))
     if g["holdout"]:
         print("  {n} rows held out: R2(ln L) {r2:.4f}, MAE {mae_pct:.3f} %, mean error "
               "{bias_pct:+.3f} %".format(**g["holdout"]))
@@ -621,10 +557,8 @@ def compare(studies, args):
     for name in args.compare:
         check(name in found, f"--compare: no group {name!r}; groups: {', '.join(found)}")
     one, two = (found[name] for name in args.compare)
-    gaps = {}
-    for k in EXPONENTS:
-        gap = one.record[k] - two.record[k]
-        gaps[k] = gap, one.samples[k] - two.samples[k]
+    gaps = {k: (one.record[k] - two.record[k], one.samples[k] - two.samples[k])
+            for k in EXPONENTS}
     for C in args.budget or [min(one.runs.C.max(), two.runs.C.max())]:
         (x, xs), (y, ys) = at_budget(one, C), at_budget(two, C)
         gaps[f"loss at {C:.6g}"] = x["loss"] - y["loss"], xs - ys
@@ -670,55 +604,56 @@ def draw(studies, path):
 
 
 def flops(text):
-    """C,C or hours x GPUs x peak x share as in 24hx8xh100x0.4 -> list of FLOPs."""
-    peak = {"a100": 312e12, "h100": 989e12, "h200": 989e12}  # dense bf16 FLOP/s
-    text = re.sub(r"([\d.]+)h(?=x)", r"3600x\1", text)  # hours in seconds
-    found = []
-    for C in text.split(","):
-        factors = [peak.get(x) or float(x) for x in C.split("x")]
-        found.append(float(np.prod(factors)))
-    return found
+    """C,C such as 2.5e20,1e21 -> list of FLOPs."""
+    return [float(C) for C in text.split(",")]
 
 
 def parse_args(argv=None, manual=__doc__, switches=()):
     """Command line -> namespace; a mistake ends in one line with the nearest flag."""
-    p = argparse.ArgumentParser(allow_abbrev=False)
-    p.format_help = lambda: manual
+    p = argparse.ArgumentParser(
+        description=manual, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     p.error = lambda message: check(False, f"{message}; see --help")
-    p.add_argument("path", nargs="*")
-    p.add_argument("--where", action="append", default=[])
-    p.add_argument("--compare", nargs=2)
-    p.add_argument("--group-by")
-    p.add_argument("--loss", default="loss")
-    p.add_argument("--holdout")
-    p.add_argument("--cluster")
-    p.add_argument("--budget", type=flops, default=[])
-    p.add_argument("--bootstrap", type=int, default=1000)
-    p.add_argument("--delta", type=float, default=1e-3)
-    p.add_argument("--min-budget", type=float)
-    p.add_argument("--out", type=Path)
-    p.add_argument("--json", type=Path)
-    for flag in ("--best-per-cell", "--no-plots", *switches):
+    p.add_argument("path", nargs="*", help="run folders and tables, read together")
+    p.add_argument("--where", metavar="RULE", action="append", default=[],
+                   help="only rows with, say, kept=1, C<1e21 or fusion!=late (repeatable)")
+    p.add_argument("--group-by", metavar="COL,COL",
+                   help="a law for each value of these columns (default: fusion, moe and "
+                        "mixture where there are any; '' fits one law to all rows)")
+    p.add_argument("--loss", metavar="COL,COL", default="loss",
+                   help="losses to fit (default: loss)")
+    p.add_argument("--holdout", metavar="K|RULE",
+                   help="fit without the K largest sizes, or rows such as N>1e9, and test on them")
+    p.add_argument("--budget", metavar="C,C", type=flops, default=[],
+                   help="best N, D and loss for so many FLOPs, such as 2.5e20,1e21")
+    p.add_argument("--compare", metavar=("A", "B"), nargs=2,
+                   help="differences of two groups, with intervals")
+    p.add_argument("--bootstrap", metavar="K", type=int, default=1000,
+                   help="resamples for the intervals (default: 1000)")
+    p.add_argument("--out", metavar="FOLDER", type=Path,
+                   help="where to write (default: the run folder, or here)")
+    p.add_argument("--json", metavar="FILE", type=Path,
+                   help="where to write the numbers instead of laws.json")
+    for flag in ("--no-plots", *switches):
         p.add_argument(flag, action="store_true")
+    p.set_defaults(delta=1e-3)  # of the Huber loss; tools read it
     args, unknown = p.parse_known_args(argv)
     for flag in unknown[:1]:
         near = difflib.get_close_matches(flag, p._option_string_actions, 1)
         p.error(f"unknown {flag}" + "".join(f", did you mean {x}" for x in near))
     check(args.path or switches, "give a run folder or a table")
     check(args.bootstrap >= 0, "--bootstrap must not be negative")
-    check(min([args.delta, *args.budget]) > 0, "--delta and --budget must be positive")
-    if not args.out:
-        args.out = next((Path(x) for x in args.path[:1] if Path(x).is_dir()), Path())
+    folder = Path(*args.path[:1])
+    args.out = args.out or (folder if folder.is_dir() else Path())
     return args
 
 
 def write_json(path, content):
-    """Write a file whole or not at all; numbers that are not finite become null."""
+    """Write a file; numbers that are not finite become null."""
     content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{path}.part").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(f"{path}.part", path)
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
     except OSError as error:
         check(False, f"{path}: cannot write: {error.strerror}; choose another --out")
 
@@ -729,7 +664,6 @@ def main(argv=None):
     notes, studies = gather(args)
     result = {"groups": [s.record for s in studies], "notes": notes}
     print("\n".join(notes))
-    print(f"\ndelta {args.delta:g}; 95 % intervals from {args.bootstrap} resamples")
     print_table(result["groups"])
     for record in result["groups"]:
         print_details(record)
