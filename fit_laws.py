@@ -2,14 +2,12 @@
 
     python fit_laws.py runs/demo       a folder that train.py wrote (results.jsonl)
     python fit_laws.py table.csv       any .csv, .tsv or .jsonl with columns N, D, loss
-    python fit_laws.py runs/demo --compare early late --budget 1e14,1e15
 
 The law L = E + A/N^alpha + B/D^beta (N parameters, D tokens, L nats) is fitted to each group of
 runs as the paper does it (arXiv 2504.07951, App. C). The program prints the paper's Table 2 with
 95 % intervals and writes laws.json and laws.png. E is the loss that no model beats; the best
-models for C FLOPs follow N ~ C^a, D ~ C^b, D ~ N^d, and their loss L ~ C^c. "?" marks what these runs do not determine.
-
-Other laws and figures of the same runs: python -m tools.laws_more, python -m tools.figures.
+models for C FLOPs follow N ~ C^a, D ~ C^b, D ~ N^d, and their loss L ~ C^c. A "?" marks what the
+runs do not determine. Other laws and figures: python -m tools.laws_more, python -m tools.figures.
 """
 
 # Dimensions: n rows (runs), T terms of the law, P coefficients (T intercepts, then slopes),
@@ -136,16 +134,23 @@ def minimise(problem, starts, weight=1.0, bounds=None):
     return min(found, key=lambda result: result.fun)
 
 
-def projected_starts(problem, *grids):
-    """Starts (K, P): on a grid of slopes, where the law is linear in A, B and E, solve it.
+def paper_starts(problem):
+    """The paper's grid of 7 x 7 x 4 x 3 x 3 starts -> theta (1764, 5)."""
+    logs, e, slopes = range(0, 31, 5), (-1, -0.5, 0.5, 1), (0, 0.5, 2.5)
+    grid = list(product(logs, logs, e, slopes, slopes))
+    return problem.theta(np.array(grid, float))
 
-    The paper starts from a fixed grid of 1764, most of which do not lead to the best minimum.
+
+def projected_starts(problem, *grids):
+    """Our starts (K, P): on a grid of slopes, where the law is linear in A, B and E, solve it.
+
+    Most of these lead to the best minimum, while most of the paper's do not.
     """
     T, starts = len(problem.design), []
+    least = 1e-3 * np.exp(problem.target.min())  # because ln 0 is no start
     for slopes in product(*(grids or [np.geomspace(0.05, 2.5, 12)] * 2)):
         X = np.exp(problem.design[:, :, T:] @ slopes - problem.target)  # X.T @ (A, B, E) = 1
         linear = nnls(X.T, np.ones(X.shape[1]))[0]
-        least = 1e-3 * np.exp(problem.target.min())  # because ln 0 is no start
         starts.append([*np.log(np.maximum(linear, least)), *slopes])
     return np.array(starts)
 
@@ -173,7 +178,8 @@ def fit_law(runs, delta=1e-3):
     check(len(N) >= 6, f"{name}: {len(N)} usable rows; at least 6 are needed")
     check(np.ptp(np.log(N)) > 0.01, f"{name}: all N are equal; run at least two sizes")
     problem = build_problem(runs, delta)
-    best = minimise(problem, screen(problem, projected_starts(problem)))
+    best = minimise(problem, [*screen(problem, paper_starts(problem)),
+                              *screen(problem, projected_starts(problem))])
     doubts = diagnose(runs, problem, best.x)
     return Fit(best.x @ problem.centring, best.fun * delta, *doubts)
 
@@ -236,9 +242,7 @@ def bootstrap(runs, fit, weight, delta=1e-3):
 def interval(samples):
     """(K,) bootstrap values -> [2.5 %, 97.5 %] of the finite ones; None where half are not."""
     x = samples[np.isfinite(samples)]
-    if 2 * len(x) <= len(samples):
-        return None
-    return np.percentile(x, [2.5, 97.5]).tolist()
+    return np.percentile(x, [2.5, 97.5]).tolist() if 2 * len(x) > len(samples) else None
 
 
 # ---------------------------------------------------------------- compute-optimal models
@@ -256,9 +260,7 @@ def encoder(N, vision):
 
 
 def optimum(coef, C, vision=(0, 0, 1)):
-    """Best models for C FLOPs -> N, D, loss, like C; NaN if there is none.
-
-    Many budgets for coefficients (5,), or one budget for (K, 5).
+    """Best models for C FLOPs -> N, D, loss, like C or, of coefficients (K, 5), (K,); NaN if none.
 
     C = 6 (N_v D_v + N D) = 6 g N D, where g >= 1 is the encoder's part. At fixed C, a rise of
     ln N lowers ln D by s, so alpha A/N^alpha = s beta B/D^beta at the best N. Without an encoder
@@ -277,19 +279,17 @@ def optimum(coef, C, vision=(0, 0, 1)):
 
 
 def derive(coef):
-    """Coefficients (5,) or (K, 5) -> {name: value}, with a, b, d by the closed form for C = 6 N D."""
-    logs, (alpha, beta) = np.transpose(coef)[:3], np.transpose(coef)[3:]
+    """Coefficients (5,) or (K, 5) -> {name: value}, with a, b, d for C = 6 N D."""
+    *logs, alpha, beta = np.transpose(coef)
     values = dict(zip(NAMES, [*np.exp(logs), alpha, beta]))
-    with np.errstate(all="ignore"):  # exponents that cancel have no a
-        a, b = beta / (alpha + beta), alpha / (alpha + beta)
-        return values | {"a": a, "b": b, "d": alpha / beta}
+    with np.errstate(all="ignore"):  # a sum of 0 has no a
+        a, b, d = beta / (alpha + beta), alpha / (alpha + beta), alpha / beta
+    return values | {"a": a, "b": b, "d": d}
 
 
 def fit_line(x, y):
     """Least squares -> slope, intercept."""
-    u = x - x.mean()
-    slope = (u * y).sum() / (u * u).sum()
-    return slope, y.mean() - slope * x.mean()
+    return np.polyfit(x, y, 1)
 
 
 def hull(x, y):
@@ -416,13 +416,9 @@ def make_runs(rows, name, loss, args, notes):
         column(rows, key)
         good = np.isfinite(positive(rows, key))
         rows = keep(rows, good, f"{key} is not a positive number in {name}", notes)
-    N, D, L, C = (positive(rows, key) for key in ("N", "D", loss, "C"))
-    Nv, Dv = positive(rows, "N_vision"), positive(rows, "D_vision")
-    floor = positive(rows, loss.replace("loss", "floor", 1))
-    for key in ("n_experts", "top_k", "image_size", "patch_size", "context"):
-        kinds = {str(row.get(key)) for row in rows}
-        if len(kinds) > 1 and key not in (args.group_by or ""):
-            notes.append(f"{name}: one law for {key} {sorted(kinds)} (--group-by)")
+    floor = loss.replace("loss", "floor", 1)
+    keys = ("N", "D", loss, "C", "N_vision", "D_vision", floor)
+    N, D, L, C, Nv, Dv, floor = (positive(rows, key) for key in keys)
     vision, paper = (0, 0, 1), 6 * N * D
     if np.isfinite(Nv * Dv).all():
         q, p = fit_line(np.log(N), np.log(Nv))
@@ -433,18 +429,16 @@ def make_runs(rows, name, loss, args, notes):
     return Runs(name, N, D, L, C, np.array(rows), vision, float(floor.mean()))
 
 
-# ---------------------------------------------------------------- all numbers of one group
+# ---------------------------------------------------------------- one group of runs
 
 
 def quality(coef, runs):
     """Errors of a law on runs: R2 of ln L, MSE of L, mean |error| and mean error in %."""
     error = predict(coef, runs.N, runs.D) / runs.L - 1
     spread = max(np.log(runs.L).var(), 1e-300)
-    return {"n": len(error),
-            "r2": 1 - (np.log1p(error) ** 2).mean() / spread,
+    return {"n": len(error), "r2": 1 - (np.log1p(error) ** 2).mean() / spread,
             "mse": ((runs.L * error) ** 2).mean(),
-            "mae_pct": 100 * np.abs(error).mean(),
-            "bias_pct": 100 * error.mean()}
+            "mae_pct": 100 * np.abs(error).mean(), "bias_pct": 100 * error.mean()}
 
 
 def study(runs, args, stream):
@@ -510,7 +504,7 @@ def gather(args):
     return notes, studies
 
 
-# ---------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------- tables and the figure
 
 EXPONENTS = ("E", "alpha", "beta", "a", "b", "c", "d")  # the columns of the paper's Table 2
 
@@ -522,25 +516,24 @@ def span(ends, form=".3f"):
 
 def print_table(records):
     """The paper's Table 2, an interval under each number, "?" at what is not identified."""
-    def print_row(name, runs, texts):
-        print(f"{name:20}{runs:<6}" + "".join(f"{text:17}" for text in texts))
-
-    print()
-    print_row("group", "runs", [*EXPONENTS, "R2(ln L)", "MSE", "MAE %"])
+    line = "{:20}{:<6}" + 10 * "{:17}"
+    print("\n" + line.format("group", "runs", *EXPONENTS, "R2(ln L)", "MSE", "MAE %"))
     for g in records:
         doubtful = {*g["not_identified"]}
         doubtful |= {*"abd"} if doubtful & {"alpha", "beta"} else set()
         texts = [f"{g[k]:.4f}{'?' * (k in doubtful)}" for k in EXPONENTS]
-        errors = "{r2:.5f} {mse:.2e} {mae_pct:.3f}".format(**g)
-        print_row(g["name"], g["n"], texts + errors.split())
+        errors = "{r2:.5f} {mse:.2e} {mae_pct:.3f}".format(**g).split()
+        print(line.format(g["name"], g["n"], *texts, *errors))
         if g["ci"]:
-            print_row("", "", [span(g["ci"][k]) for k in EXPONENTS])
+            ends = [span(g["ci"][k]) for k in EXPONENTS]
+            print(line.format("", "", *ends, "", "", "").rstrip())
 
 
 def print_details(g):
     """What a careful reader asks about one group."""
-    floor = f" (true floor {g['floor']:.5g})" if g["floor"] > 0 else ""
-    print("\n{name}: E = {E:.5g}".format(**g) + floor + ", A = {A:.5g}, B = {B:.5g}".format(**g))
+    floor = f"; true floor {g['floor']:.5g}" if g["floor"] > 0 else ""
+    law = "{name}: E = {E:.5g}, A = {A:.5g}, B = {B:.5g}".format(**g)
+    print("\n" + law + floor)
     if g["holdout"]:
         print("  {n} rows held out: R2(ln L) {r2:.4f}, MAE {mae_pct:.3f} %, mean error "
               "{bias_pct:+.3f} %".format(**g["holdout"]))
@@ -569,11 +562,8 @@ def compare(studies, args):
     return out
 
 
-# ---------------------------------------------------------------- the figure
-
-
 def draw(studies, path):
-    """A panel a group: runs (larger is darker), the law at fixed N, and the frontier."""
+    """A panel a group: runs (larger is darker), the law at five sizes, and the frontier."""
     try:
         from matplotlib import figure
     except ImportError:
@@ -582,20 +572,19 @@ def draw(studies, path):
     page = figure.Figure(figsize=(6 * len(studies), 5), layout="constrained")
     panels = page.subplots(1, len(studies), squeeze=False, sharey=True)[0]
     for ax, s in zip(panels, studies):
-        runs, coef = s.runs, s.fit.coef
-        tokens, sizes = np.geomspace(runs.D.min(), runs.D.max()), np.unique(runs.N)
-        grey = dict(zip(sizes, np.linspace(0.8, 0, len(sizes)).astype(str)))
-        ax.scatter(runs.C, runs.L, c=[grey[N] for N in runs.N], s=18)
-        for N in sizes[:: -(-len(sizes) // 7)]:
-            C = 6 * tokens * (N + runs.vision[0] * encoder(N, runs.vision))
-            ax.plot(C, predict(coef, N, tokens), color=grey[N], label=f"N = {N:.3g}")
+        runs, coef, vision = s.runs, s.fit.coef, s.runs.vision
+        ax.scatter(runs.C, runs.L, c=np.log(runs.N), cmap="Greys", edgecolors="k", s=18)
+        tokens = np.geomspace(runs.D.min(), runs.D.max())
+        for N in np.geomspace(runs.N.min(), runs.N.max(), 5):
+            C = 6 * tokens * (N + vision[0] * encoder(N, vision))
+            ax.plot(C, predict(coef, N, tokens), label=f"law at N = {N:.3g}", lw=0.8)
         C = np.geomspace(runs.C.min() / 10, runs.C.max() * 10, 90)
-        ax.plot(C, optimum(coef, C, runs.vision)[2], "k--", label="frontier L(C)")
+        ax.plot(C, optimum(coef, C, vision)[2], "k--", label="frontier L(C)")
         ax.axhline(np.exp(coef[2]), color="k", ls=":", label="fitted E")
         if runs.floor > 0:
             ax.axhline(runs.floor, color="0.5", ls="-.", label="true floor")
-        ax.set(xscale="log", yscale="log", title=runs.name)
-        ax.set(xlabel="training FLOPs C", ylabel="loss (nats)")
+        ax.set(xscale="log", yscale="log", title=runs.name,
+               xlabel="training FLOPs C", ylabel="loss (nats)")
         ax.legend(fontsize=7, frameon=False)
     page.savefig(path, dpi=150)
 
@@ -610,29 +599,27 @@ def flops(text):
 
 def parse_args(argv=None, manual=__doc__, switches=()):
     """Command line -> namespace; a mistake ends in one line with the nearest flag."""
-    p = argparse.ArgumentParser(
-        description=manual, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(None, None, manual, formatter_class=form, allow_abbrev=False)
     p.error = lambda message: check(False, f"{message}; see --help")
     p.add_argument("path", nargs="*", help="run folders and tables, read together")
-    p.add_argument("--where", metavar="RULE", action="append", default=[],
+    p.add_argument("--where", action="append", default=[], metavar="RULE",
                    help="only rows with, say, kept=1, C<1e21 or fusion!=late (repeatable)")
     p.add_argument("--group-by", metavar="COL,COL",
-                   help="a law for each value of these columns (default: fusion, moe and "
-                        "mixture where there are any; '' fits one law to all rows)")
-    p.add_argument("--loss", metavar="COL,COL", default="loss",
-                   help="losses to fit (default: loss)")
+                   help="a law for each value of these columns; '' fits one law to all rows "
+                        "(default: fusion, moe and mixture where there are any)")
+    p.add_argument("--loss", default="loss", metavar="COL,COL", help="losses to fit")
     p.add_argument("--holdout", metavar="K|RULE",
-                   help="fit without the K largest sizes, or rows such as N>1e9, and test on them")
-    p.add_argument("--budget", metavar="C,C", type=flops, default=[],
+                   help="test on the K largest sizes, or on rows such as N>1e9, without fitting them")
+    p.add_argument("--budget", type=flops, default=[], metavar="C,C",
                    help="best N, D and loss for so many FLOPs, such as 2.5e20,1e21")
-    p.add_argument("--compare", metavar=("A", "B"), nargs=2,
+    p.add_argument("--compare", nargs=2, metavar=("A", "B"),
                    help="differences of two groups, with intervals")
-    p.add_argument("--bootstrap", metavar="K", type=int, default=1000,
+    p.add_argument("--bootstrap", type=int, default=1000, metavar="K",
                    help="resamples for the intervals (default: 1000)")
-    p.add_argument("--out", metavar="FOLDER", type=Path,
+    p.add_argument("--out", type=Path, metavar="FOLDER",
                    help="where to write (default: the run folder, or here)")
-    p.add_argument("--json", metavar="FILE", type=Path,
+    p.add_argument("--json", type=Path, metavar="FILE",
                    help="where to write the numbers instead of laws.json")
     for flag in ("--no-plots", *switches):
         p.add_argument(flag, action="store_true")
