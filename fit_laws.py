@@ -8,6 +8,18 @@ runs as the paper does it (arXiv 2504.07951, App. C). The program prints the pap
 95 % intervals and writes laws.json and laws.png. E is the loss that no model beats; the best
 models for C FLOPs follow N ~ C^a, D ~ C^b, D ~ N^d, and their loss L ~ C^c. A "?" marks what the
 runs do not determine. Other laws and figures: python -m tools.laws_more, python -m tools.figures.
+
+  --where RULE        only rows with, say, kept=1, C<1e21 or fusion!=late (repeatable)
+  --group-by COL,COL  a law for each value of these columns; '' fits one law to all rows
+                      (default: fusion, moe and mixture where there are any)
+  --loss COL,COL      losses to fit (default: loss)
+  --holdout K|RULE    fit without the K largest sizes, or rows such as 'N>1e9'; test on them
+  --budget C,C        best N, D and loss for so many FLOPs, such as 2.5e20,1e21
+  --compare A B       differences of two groups, with intervals
+  --bootstrap K       resamples for the intervals (default: 1000)
+  --out FOLDER        where to write (default: the run folder, or here)
+  --json FILE         where to write the numbers instead of laws.json
+  --no-plots          do not draw laws.png
 """
 
 # Dimensions: n rows (runs), T terms of the law, P coefficients (T intercepts, then slopes),
@@ -42,7 +54,7 @@ class Runs:
     N: np.ndarray  # parameters of the decoder (active ones, if there are experts)
     D: np.ndarray  # tokens of all modalities
     L: np.ndarray  # validation loss in nats
-    C: np.ndarray  # training FLOPs
+    C: np.ndarray  # training FLOPs: 6 N D, and the encoder's
     table: np.ndarray  # the rows with all their columns
     vision: tuple = (0, 0, 1)  # late fusion (C.2): (rho, p, q) of D_v = rho D, N_v = exp(p) N^q
     floor: float = np.nan  # the true irreducible loss, where the data know it
@@ -110,16 +122,11 @@ def residual(theta, problem):
     return top + np.log(total) - problem.target, share / total
 
 
-def huber(r, delta):
-    """-> loss (r^2/2 within delta, a straight line beyond) and its derivative psi, like r."""
-    psi = np.clip(r, -delta, delta)
-    return psi * (r - 0.5 * psi), psi
-
-
 def objective(theta, problem, weight=1.0):
     """-> sum of Huber losses / delta, gradient (P,). weight (n,): how often a run was drawn."""
     r, share = residual(theta, problem)
-    loss, psi = huber(r, problem.delta)
+    psi = np.clip(r, -problem.delta, problem.delta)  # the slope of the Huber loss
+    loss = psi * (r - 0.5 * psi)  # r^2 / 2 within delta, a straight line beyond
     pull = share * (weight * psi)  # (T, n)
     gradient = np.tensordot(pull, problem.design, 2)  # (P,)
     return (weight * loss).sum() / problem.delta, gradient / problem.delta
@@ -129,23 +136,13 @@ def minimise(problem, starts, weight=1.0, bounds=None):
     """L-BFGS-B from each start (P,) -> scipy's best result: theta x, objective fun."""
     options = {"ftol": 1e-15, "gtol": 1e-10}
     found = [minimize(objective, start, (problem, weight), "L-BFGS-B",
-                      jac=True, bounds=bounds, options=options)
-             for start in starts]
+                      jac=True, bounds=bounds, options=options) for start in starts]
     return min(found, key=lambda result: result.fun)
-
-
-def paper_starts(problem):
-    """The paper's grid of 7 x 7 x 4 x 3 x 3 starts -> theta (1764, 5)."""
-    logs, e, slopes = range(0, 31, 5), (-1, -0.5, 0.5, 1), (0, 0.5, 2.5)
-    grid = list(product(logs, logs, e, slopes, slopes))
-    return problem.theta(np.array(grid, float))
 
 
 def projected_starts(problem, *grids):
     """Our starts (K, P): on a grid of slopes, where the law is linear in A, B and E, solve it.
-
-    Most of these lead to the best minimum, while most of the paper's do not.
-    """
+    Most of these lead to the best minimum, while most of the paper's 1764 do not."""
     T, starts = len(problem.design), []
     least = 1e-3 * np.exp(problem.target.min())  # because ln 0 is no start
     for slopes in product(*(grids or [np.geomspace(0.05, 2.5, 12)] * 2)):
@@ -161,60 +158,43 @@ def screen(problem, starts, count=12):
     return starts[np.argsort(scores, kind="stable")[:count]]
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A fitted law and how far to trust it."""
-
-    coef: np.ndarray  # (5,) ln A, ln B, ln E, alpha, beta
-    objective: float  # the sum of Huber losses
-    condition: float  # of dr / dcoef: 2e2 on a good grid, 1e7 where D/N is constant
-    flags: list  # sentences, one for each reason for doubt
-    unidentified: list  # coefficients that the data do not determine
-
-
 def fit_law(runs, delta=1e-3):
-    """Runs -> Fit of the law of N and D. Ends in one line if the runs are too few."""
-    name, N = runs.name, runs.N
-    check(len(N) >= 6, f"{name}: {len(N)} usable rows; at least 6 are needed")
-    check(np.ptp(np.log(N)) > 0.01, f"{name}: all N are equal; run at least two sizes")
+    """Runs -> coef (5,), objective (the sum of Huber losses) and the doubts of `diagnose`."""
+    name, n = runs.name, len(runs.N)
+    check(n >= 6, f"{name}: {n} usable rows; at least 6 are needed")
+    check(np.ptp(np.log(runs.N)) > 0.01, f"{name}: all N are equal; run two sizes")
     problem = build_problem(runs, delta)
-    best = minimise(problem, [*screen(problem, paper_starts(problem)),
-                              *screen(problem, projected_starts(problem))])
-    doubts = diagnose(runs, problem, best.x)
-    return Fit(best.x @ problem.centring, best.fun * delta, *doubts)
+    logs, e, slopes = range(0, 31, 5), (-1, -0.5, 0.5, 1), (0, 0.5, 2.5)
+    paper = [*product(logs, logs, e, slopes, slopes)]  # its 1764 starts
+    grids = problem.theta(np.array(paper, float)), projected_starts(problem)
+    best = minimise(problem, [start for grid in grids for start in screen(problem, grid)])
+    return SimpleNamespace(coef=best.x @ problem.centring, objective=best.fun * delta,
+                           **diagnose(runs, problem, best.x))
 
 
-# ---------------------------------------------------------------- doubts and intervals
-
-
-def precision(problem, theta):
-    """theta (P,) -> its rough standard errors (P,), the condition number of dr / dcoef."""
+def diagnose(runs, problem, theta):
+    """How far to trust theta: -> the condition number of dr / dcoef (2e2 on a good grid, 1e7 where
+    D/N is constant), flags (sentences of doubt), names of coefficients that are unidentified."""
     r, share = residual(theta, problem)
     jacobian = np.einsum("tn,tnp->np", share, problem.design)  # dr / dtheta
     curvature = jacobian.T @ jacobian
     curvature += 1e-12 * curvature.max() * np.eye(len(theta))  # a free direction: a huge error
     spread = 1.9 * max(np.median(np.abs(r)), 1e-5)
-    error = spread * np.sqrt(np.diag(np.linalg.inv(curvature)))
+    error = spread * np.sqrt(np.diag(np.linalg.inv(curvature)))  # rough standard errors
     jacobian = jacobian @ np.linalg.inv(problem.centring).T  # dr / dcoef, as others print it
     norm = np.linalg.norm(jacobian, axis=0).clip(1e-300)
-    return error, min(np.linalg.cond(jacobian / norm), 1e17)
-
-
-def diagnose(runs, problem, theta):
-    """-> condition number, sentences of doubt, names of coefficients that are not identified."""
-    error, condition = precision(problem, theta)
-    share, flags, weak = residual(theta, problem)[1], [], []
+    condition, flags, weak = min(np.linalg.cond(jacobian / norm), 1e17), [], []
     if np.ptp(np.log(runs.D)) < 0.01:
         flags.append("D is the same in all runs: B, beta and E cannot be told apart")
     elif condition > 1e5:
-        flags.append("all points lie on one ridge: N and D grow together")
+        flags.append("the runs lie on a ridge: N and D grow together")
     for term, names, j in ((0, "A alpha", 3), (1, "B beta", 4), (2, "E", 2)):
         size = 1 if j == 2 else theta[j]  # an error of 0.5 in ln E, or of half an exponent
         gone = share[term].max() < 1e-3 or condition > 1e5
         if gone or not 0 < size <= 2 or error[j] > 0.5 * size:
             weak += names.split()
             flags.append(f"{names} not identified (+- {error[j]:.1g})")
-    return condition, flags, [name for name in NAMES if name in weak]
+    return {"condition": condition, "flags": flags, "unidentified": sorted(weak)}
 
 
 def draw_weights(cluster, count, seed):
@@ -227,10 +207,8 @@ def draw_weights(cluster, count, seed):
 
 def bootstrap(runs, fit, weight, delta=1e-3):
     """Refit each resample of weight (K, n), starting at the full fit -> coef (K, 5).
-
     Under 20 rows three more starts join in, because a resample often has another best minimum
-    there (one in eight at 16 rows, one in a hundred at 20).
-    """
+    there (one in eight at 16 rows, one in a hundred at 20)."""
     problem = build_problem(runs, delta)
     starts = [problem.theta(fit.coef)]
     if len(runs.N) < 20:
@@ -261,11 +239,9 @@ def encoder(N, vision):
 
 def optimum(coef, C, vision=(0, 0, 1)):
     """Best models for C FLOPs -> N, D, loss, like C or, of coefficients (K, 5), (K,); NaN if none.
-
     C = 6 (N_v D_v + N D) = 6 g N D, where g >= 1 is the encoder's part. At fixed C, a rise of
     ln N lowers ln D by s, so alpha A/N^alpha = s beta B/D^beta at the best N. Without an encoder
-    g = s = 1. With one, g and s hardly depend on N, and repeating the formula finds them.
-    """
+    g = s = 1. With one, g and s hardly depend on N, and repeating the formula finds them."""
     a, b, _, alpha, beta = np.transpose(coef)
     g = s = 1.0
     with np.errstate(all="ignore"):  # an exponent below 0 makes it NaN
@@ -281,10 +257,9 @@ def optimum(coef, C, vision=(0, 0, 1)):
 def derive(coef):
     """Coefficients (5,) or (K, 5) -> {name: value}, with a, b, d for C = 6 N D."""
     *logs, alpha, beta = np.transpose(coef)
-    values = dict(zip(NAMES, [*np.exp(logs), alpha, beta]))
-    with np.errstate(all="ignore"):  # a sum of 0 has no a
-        a, b, d = beta / (alpha + beta), alpha / (alpha + beta), alpha / beta
-    return values | {"a": a, "b": b, "d": d}
+    with np.errstate(all="ignore"):  # an exponent can be 0
+        a, d = beta / (alpha + beta), alpha / beta
+    return dict(zip(NAMES, [*np.exp(logs), alpha, beta]), a=a, b=1 - a, d=d)
 
 
 def fit_line(x, y):
@@ -306,9 +281,7 @@ def hull(x, y):
 
 def envelope(C, L, cut):
     """c of the frontier L ~ C^c from `cut` FLOPs on; NaN where it has one point.
-
-    As in the paper, a line along the hull at 200 values of C in equal steps, which decide c.
-    """
+    As in the paper, a line along the hull at 200 values of C in equal steps, which decide c."""
     x, y = np.log(C), np.log(L)
     rows = list(hull(x, y))
     first, last = max(cut, C[rows[0]]), C[rows[-1]]
@@ -320,8 +293,8 @@ def envelope(C, L, cut):
 
 # ---------------------------------------------------------------- reading tables
 
-ALIASES = {"n": "N", "params": "N", "parameters": "N", "n_params": "N", "num_params": "N",
-           "d": "D", "tokens": "D", "n_tokens": "D", "num_tokens": "D", "train_tokens": "D",
+ALIASES = {"n": "N", "params": "N", "parameters": "N", "n_params": "N",
+           "d": "D", "tokens": "D", "n_tokens": "D",
            "val_loss": "loss", "c": "C", "flops": "C", "compute": "C"}
 SIGNS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt,
          "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -329,14 +302,14 @@ SIGNS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.l
 
 def read_rows(path):
     """Run folder, .jsonl, .csv or .tsv -> list of dicts, also under the keys N, D, loss and C."""
-    path = Path(path) / "results.jsonl" if Path(path).is_dir() else Path(path)
-    kind, broken = path.suffix.lower(), {"status": "broken line"}  # a killed run can leave one
+    path = Path(path, "results.jsonl" if Path(path).is_dir() else "")
+    kind = path.suffix.lower()
     check(path.is_file() and kind in (".jsonl", ".csv", ".tsv"),
           f"{path}: no such table (run folder, .jsonl, .csv or .tsv)")
+    broken = {"status": "broken line"}  # a killed run can leave one
     try:
-        text = path.read_text("utf-8-sig")
-        lines = [line for line in text.splitlines() if line.strip()]
-        comma = max(",;\t", key=text.count)
+        lines = [*filter(str.strip, path.read_text("utf-8-sig").splitlines())]
+        comma = max(",;\t", key="".join(lines[:1]).count)
         rows = list(csv.DictReader(lines, delimiter=comma, restkey="status"))
         if kind == ".jsonl":
             rows = [json.loads(line) if line[-1] == "}" else broken for line in lines]
@@ -357,12 +330,10 @@ def column(rows, name):
 
 
 def number(cell):
-    """One cell -> float: 3.1, "2e9", "275M" (K M B T); NaN if it is none of these."""
-    text = str(cell).strip()
-    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper())
+    """One cell -> float; NaN if it is no number."""
     try:
-        return float(text[:-1]) * scale if scale else float(text)
-    except ValueError:
+        return float(cell)
+    except (TypeError, ValueError):
         return np.nan
 
 
@@ -378,8 +349,7 @@ def select(rows, rule):
     check(match, f"rule {rule!r}: write COLUMN=VALUE, or != < <= > >= for =")
     name, sign, value = match.groups()
     read = str if np.isnan(number(value)) else number
-    good = read is number or sign[0] in "=!"
-    check(good, f"rule {rule!r}: {value!r} is not a number")
+    check(read is number or sign[0] in "=!", f"rule {rule!r}: {value!r} is not a number")
     cells = map(read, column(rows, name))
     return np.array([SIGNS[sign](cell, read(value)) for cell in cells])
 
@@ -389,7 +359,7 @@ def keep(rows, mask, reason, notes):
     kept = [row for row, good in zip(rows, mask) if good]
     if len(kept) < len(rows):
         notes.append(f"{len(rows) - len(kept)} rows left out: {reason}")
-    check(kept, f"no usable rows; {'; '.join(notes)}")
+    check(kept, f"no usable rows: {reason}")
     return kept
 
 
@@ -397,8 +367,7 @@ def load(args):
     """Command line -> rows of finished runs, notes on the others."""
     rows = [row for path in args.path for row in read_rows(path)]
     check(rows, f"{args.path[0]}: no rows in it")
-    rows = list({repr(row): row for row in rows}.values())  # a table may be given twice
-    notes = [f"{len(rows)} different rows read from {', '.join(args.path)}"]
+    notes = [f"{len(rows)} rows read from {', '.join(args.path)}"]
     status = [str(row.get("status") or "ok") for row in rows]
     bad = ", ".join(sorted({*status} - {"ok"}))
     rows = keep(rows, [s == "ok" for s in status], f"status is {bad}", notes)
@@ -408,28 +377,19 @@ def load(args):
 
 
 def make_runs(rows, name, loss, args, notes):
-    """Rows of one group, the column of its losses -> Runs. Notes tell what is odd about them.
-
-    Rows of equal N and D are seeds, and all are kept.
-    """
+    """Rows of one group, the column of its losses -> Runs. Equal N and D are seeds; all stay."""
     for key in ("N", "D", loss):
         column(rows, key)
         good = np.isfinite(positive(rows, key))
         rows = keep(rows, good, f"{key} is not a positive number in {name}", notes)
-    floor = loss.replace("loss", "floor", 1)
-    keys = ("N", "D", loss, "C", "N_vision", "D_vision", floor)
-    N, D, L, C, Nv, Dv, floor = (positive(rows, key) for key in keys)
-    vision, paper = (0, 0, 1), 6 * N * D
+    N, D, L = (positive(rows, key) for key in ("N", "D", loss))
+    Nv, Dv = positive(rows, "N_vision"), positive(rows, "D_vision")
+    floor = positive(rows, loss.replace("loss", "floor", 1)).mean()
+    C, vision = 6 * N * D, (0, 0, 1)
     if np.isfinite(Nv * Dv).all():
         q, p = fit_line(np.log(N), np.log(Nv))
-        vision, paper = (np.median(Dv / D), p, q), 6 * (Nv * Dv + N * D)
-    if "C" in rows[0] and not np.abs(C / paper - 1).max() < 0.05:
-        notes.append(f"{name}: C is not a positive number, or not 6 N D")
-    C = C if np.isfinite(C).all() else paper
-    return Runs(name, N, D, L, C, np.array(rows), vision, float(floor.mean()))
-
-
-# ---------------------------------------------------------------- one group of runs
+        C, vision = 6 * (Nv * Dv + N * D), (np.median(Dv / D), p, q)
+    return Runs(name, N, D, L, C, np.array(rows), vision, floor)
 
 
 def quality(coef, runs):
@@ -451,35 +411,32 @@ def study(runs, args, stream):
     held = select(runs.table, rule)
     test, runs = runs.rows(held), runs.rows(~held)
     fit = fit_law(runs)
-    cluster = np.arange(len(runs.N))
-    weight = draw_weights(cluster, args.bootstrap, [0, stream])
+    weight = draw_weights(np.arange(len(runs.N)), args.bootstrap, [0, stream])
     draws = bootstrap(runs, fit, weight)
     cut = runs.C.min() ** 0.75 * runs.C.max() ** 0.25  # the frontier counts from here on
     values, samples = derive(fit.coef), derive(draws)
-    values["c"] = envelope(runs.C, runs.L, cut)
-    samples["c"] = np.array([envelope(runs.C[w > 0], runs.L[w > 0], cut) for w in weight])
+    drawn = [envelope(runs.C[w > 0], runs.L[w > 0], cut) for w in weight]
+    values["c"], samples["c"] = envelope(runs.C, runs.L, cut), np.array(drawn)
     ci = {k: interval(x) for k, x in samples.items()} if args.bootstrap else {}
     if ci and fit.condition > 1e5:  # resamples stop anywhere on a ridge
         ci |= dict.fromkeys([*fit.unidentified, *"abd"])
-    s = SimpleNamespace(runs=runs, fit=fit, weight=weight, draws=draws,
-                        cluster=cluster, samples=samples)
-    s.record = {"name": runs.name, **values, **quality(fit.coef, runs), "ci": ci,
-                "floor": runs.floor, "cut": cut, "objective": fit.objective,
-                "condition": fit.condition, "flags": fit.flags,
-                "not_identified": fit.unidentified,
-                "holdout": quality(fit.coef, test) if held.any() else None,
-                "budgets": [at_budget(s, C)[0] for C in args.budget]}
+    s = SimpleNamespace(runs=runs, fit=fit, weight=weight, draws=draws, samples=samples)
+    s.record = {
+        "name": runs.name, **values, **quality(fit.coef, runs), "ci": ci,
+        "floor": runs.floor, "cut": cut, "objective": fit.objective,
+        "condition": fit.condition, "flags": fit.flags, "not_identified": fit.unidentified,
+        "holdout": quality(fit.coef, test) if held.any() else None,
+        "budgets": [at_budget(s, C)[0] for C in args.budget]}
     return s
 
 
 def at_budget(s, C):
     """Compute-optimal model for C FLOPs -> its numbers, (K,) bootstrap losses."""
-    best = optimum(s.fit.coef, C, s.runs.vision)
-    many = optimum(s.draws, C, s.runs.vision)
-    names = ("N", "D", "loss")
-    outside = not s.runs.C.min() <= C <= s.runs.C.max()
-    ci = {k: interval(x) for k, x in zip(names, many)}
-    return {"C": C, **dict(zip(names, best)), "ci": ci, "extrapolates": outside}, many[2]
+    N, D, loss = optimum(s.fit.coef, C, s.runs.vision)
+    losses = optimum(s.draws, C, s.runs.vision)[2]
+    found = {"C": C, "N": N, "D": D, "loss": loss, "ci": {"loss": interval(losses)}}
+    found["extrapolates"] = not s.runs.C.min() <= C <= s.runs.C.max()
+    return found, losses
 
 
 def gather(args):
@@ -500,11 +457,12 @@ def gather(args):
             studies.append(study(runs, args, len(studies)))
         except SystemExit as error:
             notes.append(str(error).removeprefix("fit_laws.py: "))
-    check(studies, "; ".join(dict.fromkeys(notes[1:])))
+    notes = list(dict.fromkeys(notes))  # the losses of one group share theirs
+    check(studies, "; ".join(notes[1:]))
     return notes, studies
 
 
-# ---------------------------------------------------------------- tables and the figure
+# ---------------------------------------------------------------- what the user sees
 
 EXPONENTS = ("E", "alpha", "beta", "a", "b", "c", "d")  # the columns of the paper's Table 2
 
@@ -522,21 +480,19 @@ def print_table(records):
         doubtful = {*g["not_identified"]}
         doubtful |= {*"abd"} if doubtful & {"alpha", "beta"} else set()
         texts = [f"{g[k]:.4f}{'?' * (k in doubtful)}" for k in EXPONENTS]
-        errors = "{r2:.5f} {mse:.2e} {mae_pct:.3f}".format(**g).split()
-        print(line.format(g["name"], g["n"], *texts, *errors))
+        texts += "{r2:.5f} {mse:.2e} {mae_pct:.3f}".format(**g).split()
+        print(line.format(g["name"], g["n"], *texts))
         if g["ci"]:
-            ends = [span(g["ci"][k]) for k in EXPONENTS]
-            print(line.format("", "", *ends, "", "", "").rstrip())
+            print(" " * 26 + "".join(f"{span(g['ci'][k]):17}" for k in EXPONENTS))
 
 
 def print_details(g):
     """What a careful reader asks about one group."""
     floor = f"; true floor {g['floor']:.5g}" if g["floor"] > 0 else ""
-    law = "{name}: E = {E:.5g}, A = {A:.5g}, B = {B:.5g}".format(**g)
-    print("\n" + law + floor)
+    print("\n{name}: E = {E:.5g}, A = {A:.5g}, B = {B:.5g}".format(**g) + floor)
     if g["holdout"]:
-        print("  {n} rows held out: R2(ln L) {r2:.4f}, MAE {mae_pct:.3f} %, mean error "
-              "{bias_pct:+.3f} %".format(**g["holdout"]))
+        print("  {n} rows held out: MAE {mae_pct:.3f} %, "
+              "mean error {bias_pct:+.3f} %".format(**g["holdout"]))
     for b in g["budgets"]:
         print("  at C = {C:.3g}: N {N:.3g}, D {D:.3g}, loss {loss:.4f}".format(**b),
               span(b["ci"]["loss"], ".4f") + ", outside the range" * b["extrapolates"])
@@ -567,7 +523,7 @@ def draw(studies, path):
     try:
         from matplotlib import figure
     except ImportError:
-        print("no figure: it needs one more package: pip install matplotlib")
+        print("no figure: pip install matplotlib")
         return
     page = figure.Figure(figsize=(6 * len(studies), 5), layout="constrained")
     panels = page.subplots(1, len(studies), squeeze=False, sharey=True)[0]
@@ -577,19 +533,16 @@ def draw(studies, path):
         tokens = np.geomspace(runs.D.min(), runs.D.max())
         for N in np.geomspace(runs.N.min(), runs.N.max(), 5):
             C = 6 * tokens * (N + vision[0] * encoder(N, vision))
-            ax.plot(C, predict(coef, N, tokens), label=f"law at N = {N:.3g}", lw=0.8)
+            ax.plot(C, predict(coef, N, tokens), label=f"N = {N:.3g}", lw=0.8)
         C = np.geomspace(runs.C.min() / 10, runs.C.max() * 10, 90)
-        ax.plot(C, optimum(coef, C, vision)[2], "k--", label="frontier L(C)")
-        ax.axhline(np.exp(coef[2]), color="k", ls=":", label="fitted E")
+        ax.plot(C, optimum(coef, C, vision)[2], "k--", label="frontier")
+        ax.axhline(np.exp(coef[2]), color="k", ls=":", label="E")
         if runs.floor > 0:
             ax.axhline(runs.floor, color="0.5", ls="-.", label="true floor")
         ax.set(xscale="log", yscale="log", title=runs.name,
-               xlabel="training FLOPs C", ylabel="loss (nats)")
+               xlabel="FLOPs C", ylabel="loss (nats)")
         ax.legend(fontsize=7, frameon=False)
     page.savefig(path, dpi=150)
-
-
-# ---------------------------------------------------------------- command line
 
 
 def flops(text):
@@ -599,28 +552,19 @@ def flops(text):
 
 def parse_args(argv=None, manual=__doc__, switches=()):
     """Command line -> namespace; a mistake ends in one line with the nearest flag."""
-    form = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(None, None, manual, formatter_class=form, allow_abbrev=False)
+    p = argparse.ArgumentParser(allow_abbrev=False)
+    p.format_help = lambda: f"{p.format_usage()}\n{manual}"
     p.error = lambda message: check(False, f"{message}; see --help")
-    p.add_argument("path", nargs="*", help="run folders and tables, read together")
-    p.add_argument("--where", action="append", default=[], metavar="RULE",
-                   help="only rows with, say, kept=1, C<1e21 or fusion!=late (repeatable)")
-    p.add_argument("--group-by", metavar="COL,COL",
-                   help="a law for each value of these columns; '' fits one law to all rows "
-                        "(default: fusion, moe and mixture where there are any)")
-    p.add_argument("--loss", default="loss", metavar="COL,COL", help="losses to fit")
-    p.add_argument("--holdout", metavar="K|RULE",
-                   help="test on the K largest sizes, or on rows such as N>1e9, without fitting them")
-    p.add_argument("--budget", type=flops, default=[], metavar="C,C",
-                   help="best N, D and loss for so many FLOPs, such as 2.5e20,1e21")
-    p.add_argument("--compare", nargs=2, metavar=("A", "B"),
-                   help="differences of two groups, with intervals")
-    p.add_argument("--bootstrap", type=int, default=1000, metavar="K",
-                   help="resamples for the intervals (default: 1000)")
-    p.add_argument("--out", type=Path, metavar="FOLDER",
-                   help="where to write (default: the run folder, or here)")
-    p.add_argument("--json", type=Path, metavar="FILE",
-                   help="where to write the numbers instead of laws.json")
+    p.add_argument("path", nargs="*")
+    p.add_argument("--where", action="append", default=[])
+    p.add_argument("--group-by")
+    p.add_argument("--loss", default="loss")
+    p.add_argument("--holdout")
+    p.add_argument("--budget", type=flops, default=[])
+    p.add_argument("--compare", nargs=2)
+    p.add_argument("--bootstrap", type=int, default=1000)
+    p.add_argument("--out", type=Path)
+    p.add_argument("--json", type=Path)
     for flag in ("--no-plots", *switches):
         p.add_argument(flag, action="store_true")
     p.set_defaults(delta=1e-3)  # of the Huber loss; tools read it
@@ -629,9 +573,9 @@ def parse_args(argv=None, manual=__doc__, switches=()):
         near = difflib.get_close_matches(flag, p._option_string_actions, 1)
         p.error(f"unknown {flag}" + "".join(f", did you mean {x}" for x in near))
     check(args.path or switches, "give a run folder or a table")
-    check(args.bootstrap >= 0, "--bootstrap must not be negative")
-    folder = Path(*args.path[:1])
-    args.out = args.out or (folder if folder.is_dir() else Path())
+    check(args.bootstrap >= 0, "--bootstrap is negative")
+    home = Path(*args.path[:1])
+    args.out = args.out or (home if home.is_dir() else Path())
     return args
 
 
