@@ -519,7 +519,7 @@ def compare(studies, args):
 
 
 def draw(studies, path):
-    """A panel a group: runs (larger is darker), the law at five sizes, and the frontier."""
+    """A panel a group: runs (larger is darker), the law at up to seven sizes, and the frontier."""
     try:
         from matplotlib import figure
     except ImportError:
@@ -531,9 +531,9 @@ def draw(studies, path):
         runs, coef, vision = s.runs, s.fit.coef, s.runs.vision
         ax.scatter(runs.C, runs.L, c=np.log(runs.N), cmap="Greys", edgecolors="k", s=18)
         tokens = np.geomspace(runs.D.min(), runs.D.max())
-        for N in np.geomspace(runs.N.min(), runs.N.max(), 5):
+        for N in np.unique(runs.N)[:: len({*runs.N}) // 7 + 1]:
             C = 6 * tokens * (N + vision[0] * encoder(N, vision))
-            ax.plot(C, predict(coef, N, tokens), label=f"N = {N:.3g}", lw=0.8)
+            ax.plot(C, predict(coef, N, tokens), label=f"N = {N:.3g}")
         C = np.geomspace(runs.C.min() / 10, runs.C.max() * 10, 90)
         ax.plot(C, optimum(coef, C, vision)[2], "k--", label="frontier")
         ax.axhline(np.exp(coef[2]), color="k", ls=":", label="E")
