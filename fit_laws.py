@@ -2,32 +2,24 @@
 
     python fit_laws.py runs/demo       a folder that train.py wrote (results.jsonl)
     python fit_laws.py table.csv       any .csv, .tsv or .jsonl with columns N, D, loss
-    python fit_laws.py runs/demo --compare early late --budget 1e14,1e15
 
 The law L = E + A/N^alpha + B/D^beta (N parameters, D tokens, L nats) is fitted to each group of
 runs as the paper does it (arXiv 2504.07951, App. C). The program prints the paper's Table 2 with
 95 % intervals and writes laws.json and laws.png. E is the loss that no model beats; the best
-models for C FLOPs follow N ~ C^a, D ~ C^b, D ~ N^d, and their loss L ~ C^c.
+models for C FLOPs follow N ~ C^a, D ~ C^b, D ~ N^d, and their loss L ~ C^c. A "?" marks what the
+runs do not determine. Other laws and figures: python -m tools.laws_more, python -m tools.figures.
 
   --where RULE        only rows with, say, kept=1, C<1e21 or fusion!=late (repeatable)
-  --group-by COL,COL  a law for each value of these columns (default: fusion, moe and mixture
-                      where there are any; '' fits one law to all rows)
+  --group-by COL,COL  a law for each value of these columns; '' fits one law to all rows
+                      (default: fusion, moe and mixture where there are any)
   --loss COL,COL      losses to fit (default: loss)
-  --best-per-cell     of runs with equal N and D keep the best (default: all, as repeats)
   --holdout K|RULE    fit without the K largest sizes, or rows such as 'N>1e9'; test on them
-  --budget C,C        best N, D and loss for C FLOPs; 24hx8xh100x0.4 is 24 hours on 8 GPUs of
-                      type h100 at 0.4 of their peak
+  --budget C,C        best N, D and loss for so many FLOPs, such as 2.5e20,1e21
   --compare A B       differences of two groups, with intervals
   --bootstrap K       resamples for the intervals (default: 1000)
-  --cluster COL       resample whole widths, seeds or runs instead of rows
-  --delta X           threshold of the Huber loss (default: 1e-3)
-  --min-budget C      FLOPs from which the frontier counts (paper: 3e19; default: after a quarter
-                      of the decades)
   --out FOLDER        where to write (default: the run folder, or here)
   --json FILE         where to write the numbers instead of laws.json
-  --no-plots          no figure
-
-Other laws and figures of the same runs: python -m tools.laws_more, python -m tools.figures.
+  --no-plots          do not draw laws.png
 """
 
 # Dimensions: n rows (runs), T terms of the law, P coefficients (T intercepts, then slopes),
@@ -38,7 +30,6 @@ import csv
 import difflib
 import json
 import operator
-import os
 import re
 from dataclasses import dataclass, replace
 from itertools import product
@@ -63,7 +54,7 @@ class Runs:
     N: np.ndarray  # parameters of the decoder (active ones, if there are experts)
     D: np.ndarray  # tokens of all modalities
     L: np.ndarray  # validation loss in nats
-    C: np.ndarray  # training FLOPs
+    C: np.ndarray  # training FLOPs: 6 N D, and the encoder's
     table: np.ndarray  # the rows with all their columns
     vision: tuple = (0, 0, 1)  # late fusion (C.2): (rho, p, q) of D_v = rho D, N_v = exp(p) N^q
     floor: float = np.nan  # the true irreducible loss, where the data know it
@@ -131,47 +122,32 @@ def residual(theta, problem):
     return top + np.log(total) - problem.target, share / total
 
 
-def huber(r, delta):
-    """-> loss (r^2/2 within delta, a straight line beyond) and its derivative psi, like r."""
-    psi = np.clip(r, -delta, delta)
-    return psi * (r - 0.5 * psi), psi
-
-
 def objective(theta, problem, weight=1.0):
     """-> sum of Huber losses / delta, gradient (P,). weight (n,): how often a run was drawn."""
     r, share = residual(theta, problem)
-    loss, psi = huber(r, problem.delta)
+    psi = np.clip(r, -problem.delta, problem.delta)  # the slope of the Huber loss
+    loss = psi * (r - 0.5 * psi)  # r^2 / 2 within delta, a straight line beyond
     pull = share * (weight * psi)  # (T, n)
     gradient = np.tensordot(pull, problem.design, 2)  # (P,)
     return (weight * loss).sum() / problem.delta, gradient / problem.delta
 
 
 def minimise(problem, starts, weight=1.0, bounds=None):
-    """L-BFGS-B from each start (P,) -> scipy's best result: theta x, objective fun, slope jac."""
-    options = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 2000, "maxfun": 5000}
+    """L-BFGS-B from each start (P,) -> scipy's best result: theta x, objective fun."""
+    options = {"ftol": 1e-15, "gtol": 1e-10}
     found = [minimize(objective, start, (problem, weight), "L-BFGS-B",
-                      jac=True, bounds=bounds, options=options)
-             for start in starts]
+                      jac=True, bounds=bounds, options=options) for start in starts]
     return min(found, key=lambda result: result.fun)
-
-
-def paper_starts(problem):
-    """The paper's grid of 7 x 7 x 4 x 3 x 3 starts -> theta (1764, 5)."""
-    logs, e, slopes = range(0, 31, 5), (-1, -0.5, 0.5, 1), (0, 0.5, 2.5)
-    grid = list(product(logs, logs, e, slopes, slopes))
-    return problem.theta(np.array(grid, float))
 
 
 def projected_starts(problem, *grids):
     """Our starts (K, P): on a grid of slopes, where the law is linear in A, B and E, solve it.
-
-    Most of these lead to the best minimum, while most of the paper's do not.
-    """
+    Most of these lead to the best minimum, while most of the paper's 1764 do not."""
     T, starts = len(problem.design), []
+    least = 1e-3 * np.exp(problem.target.min())  # because ln 0 is no start
     for slopes in product(*(grids or [np.geomspace(0.05, 2.5, 12)] * 2)):
         X = np.exp(problem.design[:, :, T:] @ slopes - problem.target)  # X.T @ (A, B, E) = 1
         linear = nnls(X.T, np.ones(X.shape[1]))[0]
-        least = 1e-3 * np.exp(problem.target.min())  # because ln 0 is no start
         starts.append([*np.log(np.maximum(linear, least)), *slopes])
     return np.array(starts)
 
@@ -182,62 +158,43 @@ def screen(problem, starts, count=12):
     return starts[np.argsort(scores, kind="stable")[:count]]
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A fitted law and how far to trust it."""
-
-    coef: np.ndarray  # (5,) ln A, ln B, ln E, alpha, beta
-    objective: float  # the sum of Huber losses
-    gradient: float  # the largest slope left in theta, divided by delta * n
-    condition: float  # of dr / dcoef: 2e2 on a good grid, 1e7 where D/N is constant
-    flags: list  # sentences, one for each reason for doubt
-    unidentified: list  # coefficients that the data do not determine
-
-
 def fit_law(runs, delta=1e-3):
-    """Runs -> Fit of the law of N and D. Ends in one line if the runs are too few."""
-    name, N = runs.name, runs.N
-    check(len(N) >= 6, f"{name}: {len(N)} usable rows; at least 6 are needed")
-    check(np.ptp(np.log(N)) > 0.01, f"{name}: all N are equal; run at least two sizes")
+    """Runs -> coef (5,), objective (the sum of Huber losses) and the doubts of `diagnose`."""
+    name, n = runs.name, len(runs.N)
+    check(n >= 6, f"{name}: {n} usable rows; at least 6 are needed")
+    check(np.ptp(np.log(runs.N)) > 0.01, f"{name}: all N are equal; run two sizes")
     problem = build_problem(runs, delta)
-    best = minimise(problem, [*screen(problem, paper_starts(problem)),
-                              *screen(problem, projected_starts(problem))])
-    slope = np.abs(best.jac).max() / len(N)
-    doubts = diagnose(runs, problem, best.x)
-    return Fit(best.x @ problem.centring, best.fun * delta, slope, *doubts)
+    logs, e, slopes = range(0, 31, 5), (-1, -0.5, 0.5, 1), (0, 0.5, 2.5)
+    paper = [*product(logs, logs, e, slopes, slopes)]  # its 1764 starts
+    grids = problem.theta(np.array(paper, float)), projected_starts(problem)
+    best = minimise(problem, [start for grid in grids for start in screen(problem, grid)])
+    return SimpleNamespace(coef=best.x @ problem.centring, objective=best.fun * delta,
+                           **diagnose(runs, problem, best.x))
 
 
-# ---------------------------------------------------------------- doubts and intervals
-
-
-def precision(problem, theta):
-    """theta (P,) -> its rough standard errors (P,), the condition number of dr / dcoef."""
+def diagnose(runs, problem, theta):
+    """How far to trust theta: -> the condition number of dr / dcoef (2e2 on a good grid, 1e7 where
+    D/N is constant), flags (sentences of doubt), names of coefficients that are unidentified."""
     r, share = residual(theta, problem)
     jacobian = np.einsum("tn,tnp->np", share, problem.design)  # dr / dtheta
     curvature = jacobian.T @ jacobian
     curvature += 1e-12 * curvature.max() * np.eye(len(theta))  # a free direction: a huge error
     spread = 1.9 * max(np.median(np.abs(r)), 1e-5)
-    error = spread * np.sqrt(np.diag(np.linalg.inv(curvature)))
+    error = spread * np.sqrt(np.diag(np.linalg.inv(curvature)))  # rough standard errors
     jacobian = jacobian @ np.linalg.inv(problem.centring).T  # dr / dcoef, as others print it
     norm = np.linalg.norm(jacobian, axis=0).clip(1e-300)
-    return error, min(np.linalg.cond(jacobian / norm), 1e17)
-
-
-def diagnose(runs, problem, theta):
-    """-> condition number, sentences of doubt, names of coefficients that are not identified."""
-    error, condition = precision(problem, theta)
-    share, flags, weak = residual(theta, problem)[1], [], []
+    condition, flags, weak = min(np.linalg.cond(jacobian / norm), 1e17), [], []
     if np.ptp(np.log(runs.D)) < 0.01:
         flags.append("D is the same in all runs: B, beta and E cannot be told apart")
     elif condition > 1e5:
-        flags.append("all points lie on one ridge: N and D grow together")
+        flags.append("the runs lie on a ridge: N and D grow together")
     for term, names, j in ((0, "A alpha", 3), (1, "B beta", 4), (2, "E", 2)):
         size = 1 if j == 2 else theta[j]  # an error of 0.5 in ln E, or of half an exponent
         gone = share[term].max() < 1e-3 or condition > 1e5
         if gone or not 0 < size <= 2 or error[j] > 0.5 * size:
             weak += names.split()
             flags.append(f"{names} not identified (+- {error[j]:.1g})")
-    return condition, flags, [name for name in NAMES if name in weak]
+    return {"condition": condition, "flags": flags, "unidentified": sorted(weak)}
 
 
 def draw_weights(cluster, count, seed):
@@ -250,10 +207,8 @@ def draw_weights(cluster, count, seed):
 
 def bootstrap(runs, fit, weight, delta=1e-3):
     """Refit each resample of weight (K, n), starting at the full fit -> coef (K, 5).
-
     Under 20 rows three more starts join in, because a resample often has another best minimum
-    there (one in eight at 16 rows, one in a hundred at 20).
-    """
+    there (one in eight at 16 rows, one in a hundred at 20)."""
     problem = build_problem(runs, delta)
     starts = [problem.theta(fit.coef)]
     if len(runs.N) < 20:
@@ -265,17 +220,15 @@ def bootstrap(runs, fit, weight, delta=1e-3):
 def interval(samples):
     """(K,) bootstrap values -> [2.5 %, 97.5 %] of the finite ones; None where half are not."""
     x = samples[np.isfinite(samples)]
-    if 2 * len(x) <= len(samples):
-        return None
-    return np.percentile(x, [2.5, 97.5]).tolist()
+    return np.percentile(x, [2.5, 97.5]).tolist() if 2 * len(x) > len(samples) else None
 
 
 # ---------------------------------------------------------------- compute-optimal models
 
 
 def predict(coef, N, D):
-    """Loss of coefficients (5,) at N and D, arrays of one shape."""
-    a, b, e, alpha, beta = coef
+    """Loss of coefficients (5,) at N and D of any shape; of (K, 5) at K of them."""
+    a, b, e, alpha, beta = np.transpose(coef)
     return np.exp(e) + np.exp(a - alpha * np.log(N)) + np.exp(b - beta * np.log(D))
 
 
@@ -285,13 +238,11 @@ def encoder(N, vision):
 
 
 def optimum(coef, C, vision=(0, 0, 1)):
-    """Best models of coefficients (5,) for C FLOPs -> N, D, loss, like C; NaN if there is none.
-
+    """Best models for C FLOPs -> N, D, loss, like C or, of coefficients (K, 5), (K,); NaN if none.
     C = 6 (N_v D_v + N D) = 6 g N D, where g >= 1 is the encoder's part. At fixed C, a rise of
     ln N lowers ln D by s, so alpha A/N^alpha = s beta B/D^beta at the best N. Without an encoder
-    g = s = 1. With one, g and s hardly depend on N, and repeating the formula finds them.
-    """
-    a, b, _, alpha, beta = coef
+    g = s = 1. With one, g and s hardly depend on N, and repeating the formula finds them."""
+    a, b, _, alpha, beta = np.transpose(coef)
     g = s = 1.0
     with np.errstate(all="ignore"):  # an exponent below 0 makes it NaN
         odds = a - b + np.log(alpha) - np.log(beta)
@@ -303,33 +254,17 @@ def optimum(coef, C, vision=(0, 0, 1)):
         return N, D, predict(coef, N, D)
 
 
-def derive(coef, runs=None):
-    """Coefficients (5,) -> {name: value}: the law, and a, b, d by the closed form for C = 6 N D.
-
-    With runs also by App. C.2: lines through the best N, D and loss at 16 budgets in the range
-    of C. Late fusion has a second a, d for N + N_v, the paper's late row, where a + b is not 1.
-    """
-    alpha, beta = coef[3:]
-    values = dict(zip(NAMES, [*np.exp(coef[:3]), alpha, beta]))
-    with np.errstate(all="ignore"):
-        values["a"], values["b"] = np.array([beta, alpha]) / (alpha + beta)
-        values["d"] = alpha / beta
-    if runs is None:
-        return values
-    C = np.geomspace(runs.C.min(), runs.C.max() * (1 + 1e-9), 16)
-    N, D, loss = optimum(coef, C, runs.vision)
-    total = {"total": N + encoder(N, runs.vision)} if runs.vision[0] else {}
-    for suffix, size in ({"regression": N} | total).items():
-        for name, x, y in (("a", C, size), ("b", C, D), ("c", C, loss), ("d", size, D)):
-            values[f"{name}_{suffix}"] = fit_line(np.log(x), np.log(y))[0]
-    return values
+def derive(coef):
+    """Coefficients (5,) or (K, 5) -> {name: value}, with a, b, d for C = 6 N D."""
+    *logs, alpha, beta = np.transpose(coef)
+    with np.errstate(all="ignore"):  # an exponent can be 0
+        a, d = beta / (alpha + beta), alpha / beta
+    return dict(zip(NAMES, [*np.exp(logs), alpha, beta]), a=a, b=1 - a, d=d)
 
 
 def fit_line(x, y):
     """Least squares -> slope, intercept."""
-    u = x - x.mean()
-    slope = (u * y).sum() / (u * u).sum()
-    return slope, y.mean() - slope * x.mean()
+    return np.polyfit(x, y, 1)
 
 
 def hull(x, y):
@@ -346,9 +281,7 @@ def hull(x, y):
 
 def envelope(C, L, cut):
     """c of the frontier L ~ C^c from `cut` FLOPs on; NaN where it has one point.
-
-    As in the paper, a line along the hull at 200 values of C in equal steps, which decide c.
-    """
+    As in the paper, a line along the hull at 200 values of C in equal steps, which decide c."""
     x, y = np.log(C), np.log(L)
     rows = list(hull(x, y))
     first, last = max(cut, C[rows[0]]), C[rows[-1]]
@@ -360,34 +293,30 @@ def envelope(C, L, cut):
 
 # ---------------------------------------------------------------- reading tables
 
-ALIASES = {alias: name for name, aliases in {  # as others write N, D, loss and C
-    "N": "n params parameters n_params num_params model_size active_params",
-    "D": "d tokens n_tokens num_tokens train_tokens training_tokens",
-    "loss": "val_loss validation_loss eval_loss test_loss final_loss",
-    "C": "c flops flop compute train_flops training_flop training_flops",
-}.items() for alias in aliases.split()}
+ALIASES = {"n": "N", "params": "N", "parameters": "N", "n_params": "N",
+           "d": "D", "tokens": "D", "n_tokens": "D",
+           "val_loss": "loss", "c": "C", "flops": "C", "compute": "C"}
 SIGNS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt,
          "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
 def read_rows(path):
     """Run folder, .jsonl, .csv or .tsv -> list of dicts, also under the keys N, D, loss and C."""
-    path = Path(path) / "results.jsonl" if Path(path).is_dir() else Path(path)
-    kind, broken = path.suffix.lower(), {"status": "broken line"}  # a killed run can leave one
+    path = Path(path, "results.jsonl" if Path(path).is_dir() else "")
+    kind = path.suffix.lower()
     check(path.is_file() and kind in (".jsonl", ".csv", ".tsv"),
           f"{path}: no such table (run folder, .jsonl, .csv or .tsv)")
+    broken = {"status": "broken line"}  # a killed run can leave one
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
-        lines = [line for line in lines if line.strip()] or [""]
-        comma = max(",;\t", key=lines[0].count)
+        lines = [*filter(str.strip, path.read_text("utf-8-sig").splitlines())]
+        comma = max(",;\t", key="".join(lines[:1]).count)
         rows = list(csv.DictReader(lines, delimiter=comma, restkey="status"))
         if kind == ".jsonl":
-            rows = [json.loads(line) if line[-1:] == "}" else broken for line in lines]
+            rows = [json.loads(line) if line[-1] == "}" else broken for line in lines]
     except ValueError:
         check(False, f"{path}: not a {kind} table in UTF-8")
     for row, key in [(row, key) for row in rows for key in row]:
-        plain = re.sub(r"\W+", "_", key.strip()).lower()
-        row.setdefault(ALIASES.get(plain, key), row[key])
+        row.setdefault(ALIASES.get(key.strip().lower(), key), row[key])
     return rows
 
 
@@ -401,12 +330,10 @@ def column(rows, name):
 
 
 def number(cell):
-    """One cell -> float: 3.1, "2e9", "275M" (K M B T); NaN if it is none of these."""
-    text = str(cell).strip()
-    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper())
+    """One cell -> float; NaN if it is no number."""
     try:
-        return float(text[:-1]) * scale if scale else float(text)
-    except ValueError:
+        return float(cell)
+    except (TypeError, ValueError):
         return np.nan
 
 
@@ -422,8 +349,7 @@ def select(rows, rule):
     check(match, f"rule {rule!r}: write COLUMN=VALUE, or != < <= > >= for =")
     name, sign, value = match.groups()
     read = str if np.isnan(number(value)) else number
-    good = read is number or sign[0] in "=!"
-    check(good, f"rule {rule!r}: {value!r} is not a number")
+    check(read is number or sign[0] in "=!", f"rule {rule!r}: {value!r} is not a number")
     cells = map(read, column(rows, name))
     return np.array([SIGNS[sign](cell, read(value)) for cell in cells])
 
@@ -433,12 +359,12 @@ def keep(rows, mask, reason, notes):
     kept = [row for row, good in zip(rows, mask) if good]
     if len(kept) < len(rows):
         notes.append(f"{len(rows) - len(kept)} rows left out: {reason}")
-    check(kept, f"no usable rows; {'; '.join(notes)}")
+    check(kept, f"no usable rows: {reason}")
     return kept
 
 
 def load(args):
-    """Command line -> rows with sound N and D, notes on the others."""
+    """Command line -> rows of finished runs, notes on the others."""
     rows = [row for path in args.path for row in read_rows(path)]
     check(rows, f"{args.path[0]}: no rows in it")
     notes = [f"{len(rows)} rows read from {', '.join(args.path)}"]
@@ -447,107 +373,70 @@ def load(args):
     rows = keep(rows, [s == "ok" for s in status], f"status is {bad}", notes)
     for rule in args.where:
         rows = keep(rows, select(rows, rule), f"not {rule}", notes)
-    first = {repr(row): row for row in reversed(rows)}
-    once = [first[repr(row)] is row for row in rows]
-    rows = keep(rows, once, "exact copies of another row", notes)
-    if "D" not in rows[0] and "C" in rows[0]:
-        notes.append("no column of tokens: D = C / (6 N)")
-        for row in rows:
-            row["D"] = number(row["C"]) / (6 * number(row.get("N")))
-    for name in ("N", "D"):
-        column(rows, name)
-        good = np.isfinite(positive(rows, name))
-        rows = keep(rows, good, f"{name} is not a positive number", notes)
     return rows, notes
 
 
 def make_runs(rows, name, loss, args, notes):
-    """Rows of one group, the column of its losses -> Runs. Notes tell what is odd about them."""
-    column(rows, loss)
-    good = np.isfinite(positive(rows, loss))
-    rows = keep(rows, good, f"{loss} is not a positive number in {name}", notes)
-    N, D, L, C = (positive(rows, key) for key in ("N", "D", loss, "C"))
+    """Rows of one group, the column of its losses -> Runs. Equal N and D are seeds; all stay."""
+    for key in ("N", "D", loss):
+        column(rows, key)
+        good = np.isfinite(positive(rows, key))
+        rows = keep(rows, good, f"{key} is not a positive number in {name}", notes)
+    N, D, L = (positive(rows, key) for key in ("N", "D", loss))
     Nv, Dv = positive(rows, "N_vision"), positive(rows, "D_vision")
-    floor = positive(rows, loss.replace("loss", "floor", 1))
-    if not all(1e3 < np.median(x) < 1e16 for x in (N, D)):
-        notes.append(f"{name}: are N and D single parameters and tokens?")
-    for key in ("n_experts", "top_k", "image_size", "patch_size", "context"):
-        kinds = {str(row.get(key)) for row in rows}
-        if len(kinds) > 1 and key not in (args.group_by or ""):
-            notes.append(f"{name}: one law for {key} {sorted(kinds)} (--group-by)")
-    vision, paper = (0, 0, 1), 6 * N * D
+    floor = positive(rows, loss.replace("loss", "floor", 1)).mean()
+    C, vision = 6 * N * D, (0, 0, 1)
     if np.isfinite(Nv * Dv).all():
         q, p = fit_line(np.log(N), np.log(Nv))
-        vision, paper = (np.median(Dv / D), p, q), 6 * (Nv * Dv + N * D)
-    if "C" in rows[0] and not np.abs(C / paper - 1).max() < 0.05:
-        notes.append(f"{name}: C is not a positive number, or not 6 N D")
-    C = C if np.isfinite(C).all() else paper
-    runs = Runs(name, N, D, L, C, np.array(rows), vision, float(floor.mean()))
-    order = np.argsort(L, kind="stable")
-    best = order[np.unique(np.c_[N, D][order], axis=0, return_index=True)[1]]
-    if len(best) < len(rows):
-        repeats = len(rows) - len(best)
-        notes.append(f"{name}: {repeats} rows repeat an N and D (--best-per-cell)")
-    return runs.rows(np.sort(best)) if args.best_per_cell else runs
-
-
-# ---------------------------------------------------------------- all numbers of one group
+        C, vision = 6 * (Nv * Dv + N * D), (np.median(Dv / D), p, q)
+    return Runs(name, N, D, L, C, np.array(rows), vision, floor)
 
 
 def quality(coef, runs):
     """Errors of a law on runs: R2 of ln L, MSE of L, mean |error| and mean error in %."""
     error = predict(coef, runs.N, runs.D) / runs.L - 1
     spread = max(np.log(runs.L).var(), 1e-300)
-    return {"n": len(error),
-            "r2": 1 - (np.log1p(error) ** 2).mean() / spread,
+    return {"n": len(error), "r2": 1 - (np.log1p(error) ** 2).mean() / spread,
             "mse": ((runs.L * error) ** 2).mean(),
-            "mae_pct": 100 * np.abs(error).mean(),
-            "bias_pct": 100 * error.mean()}
+            "mae_pct": 100 * np.abs(error).mean(), "bias_pct": 100 * error.mean()}
 
 
 def study(runs, args, stream):
-    """Fit and resample one group -> its runs, fit and record (all numbers, as in laws.json),
-    cluster (n,), and of K resamples the weight (K, n), refits draws (K, 5), samples {name: (K,)}.
+    """Fit and resample one group -> its runs, fit and record (all numbers, as in laws.json), and of
+    K resamples the weight (K, n), refits draws (K, 5), samples {name: (K,)}.
     `stream` seeds the resamples, so that groups are independent."""
     rule = args.holdout or "N<0"
     if rule.isdecimal():
         rule = f"N>={np.unique(runs.N)[-int(rule) :][0]}"
     held = select(runs.table, rule)
     test, runs = runs.rows(held), runs.rows(~held)
-    fit = fit_law(runs, args.delta)
-    cluster = np.arange(len(runs.N))
-    if args.cluster:
-        cluster = np.array(column(runs.table, args.cluster), str)
-        check(len({*cluster}) > 1, f"one --cluster {args.cluster} in all rows")
-    weight = draw_weights(cluster, args.bootstrap, [0, stream])
-    draws = bootstrap(runs, fit, weight, args.delta)
-    cut = args.min_budget or runs.C.min() ** 0.75 * runs.C.max() ** 0.25
-    values = derive(fit.coef, runs)
-    many = [derive(coef, runs) for coef in draws]
-    samples = {k: np.array([one[k] for one in many]) for k in values}
-    values["c"] = envelope(runs.C, runs.L, cut)
-    samples["c"] = np.array([envelope(runs.C[w > 0], runs.L[w > 0], cut) for w in weight])
-    ci = {k: interval(x) for k, x in samples.items()} if many else {}
+    fit = fit_law(runs)
+    weight = draw_weights(np.arange(len(runs.N)), args.bootstrap, [0, stream])
+    draws = bootstrap(runs, fit, weight)
+    cut = runs.C.min() ** 0.75 * runs.C.max() ** 0.25  # the frontier counts from here on
+    values, samples = derive(fit.coef), derive(draws)
+    drawn = [envelope(runs.C[w > 0], runs.L[w > 0], cut) for w in weight]
+    values["c"], samples["c"] = envelope(runs.C, runs.L, cut), np.array(drawn)
+    ci = {k: interval(x) for k, x in samples.items()} if args.bootstrap else {}
     if ci and fit.condition > 1e5:  # resamples stop anywhere on a ridge
         ci |= dict.fromkeys([*fit.unidentified, *"abd"])
-    record = {"name": runs.name, **values, **quality(fit.coef, runs), "ci": ci}
-    record |= {"floor": runs.floor, "cut": cut, "not_identified": fit.unidentified}
-    record |= {k: getattr(fit, k) for k in ("objective", "gradient", "condition", "flags")}
-    record["holdout"] = quality(fit.coef, test) if held.any() else None
-    s = SimpleNamespace(runs=runs, fit=fit, weight=weight, draws=draws,
-                        cluster=cluster, samples=samples, record=record)
-    record["budgets"] = [at_budget(s, C)[0] for C in args.budget]
+    s = SimpleNamespace(runs=runs, fit=fit, weight=weight, draws=draws, samples=samples)
+    s.record = {
+        "name": runs.name, **values, **quality(fit.coef, runs), "ci": ci,
+        "floor": runs.floor, "cut": cut, "objective": fit.objective,
+        "condition": fit.condition, "flags": fit.flags, "not_identified": fit.unidentified,
+        "holdout": quality(fit.coef, test) if held.any() else None,
+        "budgets": [at_budget(s, C)[0] for C in args.budget]}
     return s
 
 
 def at_budget(s, C):
-    """Compute-optimal model for C FLOPs: -> its numbers, (K,) bootstrap losses."""
-    names, vision = ("N", "D", "loss"), s.runs.vision
-    many = np.reshape([optimum(coef, C, vision) for coef in s.draws], (-1, 3))
-    found = {"C": C} | dict(zip(names, optimum(s.fit.coef, C, vision)))
-    found["ci"] = {k: interval(x) for k, x in zip(names, many.T)}
-    found["extrapolates"] = bool(not s.runs.C.min() <= C <= s.runs.C.max())
-    return found, many[:, 2]
+    """Compute-optimal model for C FLOPs -> its numbers, (K,) bootstrap losses."""
+    N, D, loss = optimum(s.fit.coef, C, s.runs.vision)
+    losses = optimum(s.draws, C, s.runs.vision)[2]
+    found = {"C": C, "N": N, "D": D, "loss": loss, "ci": {"loss": interval(losses)}}
+    found["extrapolates"] = not s.runs.C.min() <= C <= s.runs.C.max()
+    return found, losses
 
 
 def gather(args):
@@ -568,11 +457,12 @@ def gather(args):
             studies.append(study(runs, args, len(studies)))
         except SystemExit as error:
             notes.append(str(error).removeprefix("fit_laws.py: "))
+    notes = list(dict.fromkeys(notes))  # the losses of one group share theirs
     check(studies, "; ".join(notes[1:]))
     return notes, studies
 
 
-# ---------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------- what the user sees
 
 EXPONENTS = ("E", "alpha", "beta", "a", "b", "c", "d")  # the columns of the paper's Table 2
 
@@ -584,30 +474,25 @@ def span(ends, form=".3f"):
 
 def print_table(records):
     """The paper's Table 2, an interval under each number, "?" at what is not identified."""
-    def print_row(name, runs, texts):
-        print(f"{name:20}{runs:<6}" + "".join(f"{text:17}" for text in texts))
-
-    print()
-    print_row("group", "runs", [*EXPONENTS, "R2(ln L)", "MSE", "MAE %"])
+    line = "{:20}{:<6}" + 10 * "{:17}"
+    print("\n" + line.format("group", "runs", *EXPONENTS, "R2(ln L)", "MSE", "MAE %"))
     for g in records:
         doubtful = {*g["not_identified"]}
         doubtful |= {*"abd"} if doubtful & {"alpha", "beta"} else set()
         texts = [f"{g[k]:.4f}{'?' * (k in doubtful)}" for k in EXPONENTS]
-        errors = "{r2:.5f} {mse:.2e} {mae_pct:.3f}".format(**g)
-        print_row(g["name"], g["n"], texts + errors.split())
+        texts += "{r2:.5f} {mse:.2e} {mae_pct:.3f}".format(**g).split()
+        print(line.format(g["name"], g["n"], *texts))
         if g["ci"]:
-            print_row("", "", [span(g["ci"][k]) for k in EXPONENTS])
+            print(" " * 26 + "".join(f"{span(g['ci'][k]):17}" for k in EXPONENTS))
 
 
 def print_details(g):
     """What a careful reader asks about one group."""
-    floor = f" (true floor {g['floor']:.5g})" if g["floor"] > 0 else ""
-    print("\n{name}: E = {E:.5g}".format(**g) + floor + ", A = {A:.5g}, B = {B:.5g}\n"
-          "  F = {objective:.8g}, |gradient| / (delta n) = {gradient:.0e}, "
-          "condition number {condition:.1e}".format(**g))
+    floor = f"; true floor {g['floor']:.5g}" if g["floor"] > 0 else ""
+    print("\n{name}: E = {E:.5g}, A = {A:.5g}, B = {B:.5g}".format(**g) + floor)
     if g["holdout"]:
-        print("  {n} rows held out: R2(ln L) {r2:.4f}, MAE {mae_pct:.3f} %, mean error "
-              "{bias_pct:+.3f} %".format(**g["holdout"]))
+        print("  {n} rows held out: MAE {mae_pct:.3f} %, "
+              "mean error {bias_pct:+.3f} %".format(**g["holdout"]))
     for b in g["budgets"]:
         print("  at C = {C:.3g}: N {N:.3g}, D {D:.3g}, loss {loss:.4f}".format(**b),
               span(b["ci"]["loss"], ".4f") + ", outside the range" * b["extrapolates"])
@@ -621,10 +506,8 @@ def compare(studies, args):
     for name in args.compare:
         check(name in found, f"--compare: no group {name!r}; groups: {', '.join(found)}")
     one, two = (found[name] for name in args.compare)
-    gaps = {}
-    for k in EXPONENTS:
-        gap = one.record[k] - two.record[k]
-        gaps[k] = gap, one.samples[k] - two.samples[k]
+    gaps = {k: (one.record[k] - two.record[k], one.samples[k] - two.samples[k])
+            for k in EXPONENTS}
     for C in args.budget or [min(one.runs.C.max(), two.runs.C.max())]:
         (x, xs), (y, ys) = at_budget(one, C), at_budget(two, C)
         gaps[f"loss at {C:.6g}"] = x["loss"] - y["loss"], xs - ys
@@ -635,90 +518,73 @@ def compare(studies, args):
     return out
 
 
-# ---------------------------------------------------------------- the figure
-
-
 def draw(studies, path):
-    """A panel a group: runs (larger is darker), the law at fixed N, and the frontier."""
+    """A panel a group: runs (larger is darker), the law at up to seven sizes, and the frontier."""
     try:
         from matplotlib import figure
     except ImportError:
-        print("no figure: it needs one more package: pip install matplotlib")
+        print("no figure: pip install matplotlib")
         return
     page = figure.Figure(figsize=(6 * len(studies), 5), layout="constrained")
     panels = page.subplots(1, len(studies), squeeze=False, sharey=True)[0]
     for ax, s in zip(panels, studies):
-        runs, coef = s.runs, s.fit.coef
-        tokens, sizes = np.geomspace(runs.D.min(), runs.D.max()), np.unique(runs.N)
-        grey = dict(zip(sizes, np.linspace(0.8, 0, len(sizes)).astype(str)))
-        ax.scatter(runs.C, runs.L, c=[grey[N] for N in runs.N], s=18)
-        for N in sizes[:: -(-len(sizes) // 7)]:
-            C = 6 * tokens * (N + runs.vision[0] * encoder(N, runs.vision))
-            ax.plot(C, predict(coef, N, tokens), color=grey[N], label=f"N = {N:.3g}")
+        runs, coef, vision = s.runs, s.fit.coef, s.runs.vision
+        ax.scatter(runs.C, runs.L, c=np.log(runs.N), cmap="Greys", edgecolors="k", s=18)
+        tokens = np.geomspace(runs.D.min(), runs.D.max())
+        for N in np.unique(runs.N)[:: len({*runs.N}) // 7 + 1]:
+            C = 6 * tokens * (N + vision[0] * encoder(N, vision))
+            ax.plot(C, predict(coef, N, tokens), label=f"N = {N:.3g}")
         C = np.geomspace(runs.C.min() / 10, runs.C.max() * 10, 90)
-        ax.plot(C, optimum(coef, C, runs.vision)[2], "k--", label="frontier L(C)")
-        ax.axhline(np.exp(coef[2]), color="k", ls=":", label="fitted E")
+        ax.plot(C, optimum(coef, C, vision)[2], "k--", label="frontier")
+        ax.axhline(np.exp(coef[2]), color="k", ls=":", label="E")
         if runs.floor > 0:
             ax.axhline(runs.floor, color="0.5", ls="-.", label="true floor")
-        ax.set(xscale="log", yscale="log", title=runs.name)
-        ax.set(xlabel="training FLOPs C", ylabel="loss (nats)")
+        ax.set(xscale="log", yscale="log", title=runs.name,
+               xlabel="FLOPs C", ylabel="loss (nats)")
         ax.legend(fontsize=7, frameon=False)
     page.savefig(path, dpi=150)
 
 
-# ---------------------------------------------------------------- command line
-
-
 def flops(text):
-    """C,C or hours x GPUs x peak x share as in 24hx8xh100x0.4 -> list of FLOPs."""
-    peak = {"a100": 312e12, "h100": 989e12, "h200": 989e12}  # dense bf16 FLOP/s
-    text = re.sub(r"([\d.]+)h(?=x)", r"3600x\1", text)  # hours in seconds
-    found = []
-    for C in text.split(","):
-        factors = [peak.get(x) or float(x) for x in C.split("x")]
-        found.append(float(np.prod(factors)))
-    return found
+    """C,C such as 2.5e20,1e21 -> list of FLOPs."""
+    return [float(C) for C in text.split(",")]
 
 
 def parse_args(argv=None, manual=__doc__, switches=()):
     """Command line -> namespace; a mistake ends in one line with the nearest flag."""
     p = argparse.ArgumentParser(allow_abbrev=False)
-    p.format_help = lambda: manual
+    p.format_help = lambda: f"{p.format_usage()}\n{manual}"
     p.error = lambda message: check(False, f"{message}; see --help")
     p.add_argument("path", nargs="*")
     p.add_argument("--where", action="append", default=[])
-    p.add_argument("--compare", nargs=2)
     p.add_argument("--group-by")
     p.add_argument("--loss", default="loss")
     p.add_argument("--holdout")
-    p.add_argument("--cluster")
     p.add_argument("--budget", type=flops, default=[])
+    p.add_argument("--compare", nargs=2)
     p.add_argument("--bootstrap", type=int, default=1000)
-    p.add_argument("--delta", type=float, default=1e-3)
-    p.add_argument("--min-budget", type=float)
     p.add_argument("--out", type=Path)
     p.add_argument("--json", type=Path)
-    for flag in ("--best-per-cell", "--no-plots", *switches):
+    for flag in ("--no-plots", *switches):
         p.add_argument(flag, action="store_true")
+    p.set_defaults(delta=1e-3)  # of the Huber loss; tools read it
     args, unknown = p.parse_known_args(argv)
     for flag in unknown[:1]:
         near = difflib.get_close_matches(flag, p._option_string_actions, 1)
         p.error(f"unknown {flag}" + "".join(f", did you mean {x}" for x in near))
     check(args.path or switches, "give a run folder or a table")
-    check(args.bootstrap >= 0, "--bootstrap must not be negative")
-    check(min([args.delta, *args.budget]) > 0, "--delta and --budget must be positive")
-    if not args.out:
-        args.out = next((Path(x) for x in args.path[:1] if Path(x).is_dir()), Path())
+    check(args.bootstrap >= 0, "--bootstrap is negative")
+    home = Path(*args.path[:1])
+    args.out = args.out or (home if home.is_dir() else Path())
     return args
 
 
 def write_json(path, content):
-    """Write a file whole or not at all; numbers that are not finite become null."""
+    """Write a file; numbers that are not finite become null."""
     content = json.loads(json.dumps(content), parse_constant=lambda _: None)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{path}.part").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(f"{path}.part", path)
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
     except OSError as error:
         check(False, f"{path}: cannot write: {error.strerror}; choose another --out")
 
@@ -729,7 +595,6 @@ def main(argv=None):
     notes, studies = gather(args)
     result = {"groups": [s.record for s in studies], "notes": notes}
     print("\n".join(notes))
-    print(f"\ndelta {args.delta:g}; 95 % intervals from {args.bootstrap} resamples")
     print_table(result["groups"])
     for record in result["groups"]:
         print_details(record)

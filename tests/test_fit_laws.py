@@ -65,7 +65,7 @@ def run(*args):
 def test_exact_planted_law_comes_back(coef):
     fit = fl.fit_law(planted(coef))
     np.testing.assert_allclose(fit.coef, coef, rtol=1e-6)
-    assert fit.gradient < 1e-8 and fit.condition < 1e4 and not fit.flags and not fit.unidentified
+    assert fit.condition < 1e4 and not fit.flags and not fit.unidentified
 
 
 def test_every_published_answer_within_its_error():
@@ -167,13 +167,13 @@ def test_optimum_at_known_points():
 
 
 def test_exponents_of_the_paper():
-    """Table 9's closed form and Table 2's early AVG row; the regression agrees with it."""
-    v = fl.derive(EARLY, planted(EARLY))
+    """Table 9's closed form and Table 2's early AVG row; many laws at once give the same."""
+    v, sparse = fl.derive(EARLY), fl.derive(SPARSE)
     assert [round(v[k], 4) for k in "abd"] == [0.5267, 0.4733, 0.8985]
-    for k in "abd":
-        assert v[f"{k}_regression"] == pytest.approx(v[k], rel=1e-9)
-    sparse = fl.derive(SPARSE)
     assert [round(sparse[k], 4) for k in "abd"] == [0.3438, 0.6562, 1.9086]
+    both = np.array([EARLY, SPARSE])
+    assert (fl.derive(both)["a"] == [v["a"], sparse["a"]]).all()
+    assert (fl.optimum(both, 1e21)[2] == [fl.optimum(c, 1e21)[2] for c in both]).all()
 
 
 @pytest.mark.parametrize("vision", [(0.544, -0.5, 0.95), (0.544, -12, 1.6), (3.0, 0.0, 0.5)])
@@ -208,16 +208,13 @@ def test_results_folder_end_to_end(tmp_path, capsys):
         assert set(group["ci"]) >= {"E", "A", "B", "alpha", "beta", "a", "b", "c", "d"}
         assert group["ci"]["E"][0] < 0.9 < group["ci"]["E"][1] and group["floor"] == 0.9
         assert group["budgets"][0]["ci"]["loss"][0] < group["budgets"][0]["loss"]
-    early, late = content["groups"]
-    assert "a_total" in late and "a_total" not in early
     gap = content["compare"]["loss at 1e+13"]
     assert gap["ci"][0] < gap["difference"] < gap["ci"][1] < 0
     if "pip install matplotlib" not in text:
         assert (folder / "laws.png").stat().st_size > 20_000
-    assert not list(folder.glob("*.part*"))
 
 
-def test_kinds_seeds_and_holdout(tmp_path, capsys):
+def test_kinds_seeds_and_holdout(tmp_path):
     folder, out = write_results(tmp_path / "demo", seeds=2), tmp_path / "numbers"
     groups = run(folder, "--loss", "loss,loss_caption,loss_text", "--bootstrap", 0, "--holdout", 1,
                  "--out", out)["groups"]
@@ -225,12 +222,9 @@ def test_kinds_seeds_and_holdout(tmp_path, capsys):
     assert groups[1]["floor"] == pytest.approx(0.72) and groups[0]["n"] == 24
     assert groups[0]["holdout"]["n"] == 8 and groups[0]["holdout"]["mae_pct"] < 2
     assert json.loads((out / "laws.json").read_text(encoding="utf-8"))["groups"][0]["ci"] == {}
-    assert "16 rows repeat" in capsys.readouterr().out
-    best = run(folder, "--best-per-cell", "--bootstrap", 0, "--out", out)["groups"]
-    assert [g["n"] for g in best] == [16, 16]
-    rule = run(folder, "--holdout", "D>5M", "--bootstrap", 0, "--out", out)["groups"]
+    rule = run(folder, "--holdout", "D>5e6", "--bootstrap", 0, "--out", out)["groups"]
     assert rule[0]["holdout"]["n"] == 8
-    wide = run(folder, "--cluster", "width", "--bootstrap", 20, "--out", out, "--group-by", "",
+    wide = run(folder, "--bootstrap", 20, "--out", out, "--group-by", "",
                "--json", tmp_path / "a/b.json")
     assert [g["name"] for g in wide["groups"]] == ["all"]
     group, = json.loads((tmp_path / "a/b.json").read_text(encoding="utf-8"))["groups"]
@@ -249,34 +243,18 @@ def test_chinchilla_from_the_command_line(tmp_path):
     assert kept["groups"][0]["n"] == 217
 
 
-def test_aliases_units_duplicates_and_dirt(tmp_path, capsys):
+def test_aliases_and_dirt(tmp_path, capsys):
     r = planted(EARLY, tokens=5)
-    rows = [f"{n!r}M;{d!r};{x!r}" for n, d, x in np.transpose([r.N / 1e6, r.D, r.L]).tolist()]
-    dirt = [rows[0], "oops;1e9;3", "1e9;-5;3", "1e9;1e9;nan", "1e9;1e9;-2", "1e9;1e9",
-            "1e9;2e9;3;1"]
-    path = write_csv(tmp_path / "t.csv", [], "Params;train tokens;val_loss", rows + dirt)
-    group = run(path, "--bootstrap", 0, "--out", tmp_path)["groups"][0]
-    assert group["n"] == 30 and group["alpha"] == pytest.approx(0.301, rel=1e-6)
+    rows = [f"{n!r};{d!r};{x!r}" for n, d, x in np.transpose([r.N, r.D, r.L]).tolist()]
+    dirt = ["oops;1e9;3", "1e9;-5;3", "1e9;1e9;nan", "1e9;1e9;-2", "1e9;1e9", "1e9;2e9;3;1"]
+    path = write_csv(tmp_path / "t.csv", [], "Params;tokens;val_loss", rows + dirt)
+    for loss in ("loss", "val_loss"):
+        group = run(path, "--loss", loss, "--bootstrap", 0, "--out", tmp_path)["groups"][0]
+        assert group["n"] == 30 and group["alpha"] == pytest.approx(0.301, rel=1e-6)
     text = capsys.readouterr().out
-    for words in ("exact copies", "N is not a positive", "D is not a positive",
+    for words in ("N is not a positive", "D is not a positive",
                   "3 rows left out: loss is not a positive number"):
         assert words in text
-    group = run(path, "--loss", "val_loss", "--bootstrap", 0, "--out", tmp_path)["groups"][0]
-    assert group["n"] == 30
-
-
-@pytest.mark.parametrize("head, scale, extra, words", [
-    ("N,D,loss,x", 1e-9, 1, "single param"), ("N,D,loss,x", 1e12, 1, "single param"),
-    ("N,D,loss,C", 1, -1, "C is not a positive"), ("N,D,loss,C", 1, 7, "not 6 N D"),
-    ("N,D,loss,image_size", 1, np.arange(30) % 2, "image_size"),
-    ("N\tx\tloss\tflops", 1, None, "no column of tokens")])
-def test_odd_tables_get_a_line(head, scale, extra, words, tmp_path, capsys):
-    """And the law comes out all the same."""
-    r = planted(EARLY, tokens=5)
-    extra = 6 * r.N * r.D if extra is None else extra + 0 * r.N
-    path = write_csv(tmp_path / "t.tsv", (r.N * scale, r.D, r.L, extra), head)
-    group = run(path, "--bootstrap", 0, "--out", tmp_path)["groups"][0]
-    assert group["alpha"] == pytest.approx(0.301) and words in capsys.readouterr().out
 
 
 BAD = {
@@ -285,7 +263,7 @@ BAD = {
     "one size": ("\n".join(f"1e6,{k}e7,{3 - k / 10}" for k in range(1, 9)), [], "two sizes"),
     "strings": ("\n".join(f"1e6,{k}e7,high" for k in range(1, 9)), [], "not a positive number"),
     "empty": ("", [], "no rows"),
-    "nothing kept": ("1e6,1e7,3", ["--where", "N>1e9"], "N>1e9"),
+    "nothing kept": ("1e6,1e7,3", ["--where", "N>1e9"], "no usable rows: not N>1e9"),
     "all held out": ("\n".join(f"{k}e6,{k}e7,{4 - k / 10}" for k in range(1, 9)),
                      ["--holdout", "9"], "at least 6"),
     "column": ("1e6,1e7,3", ["--loss", "lss"], "did you mean loss"),
@@ -294,13 +272,9 @@ BAD = {
     "rule number": ("1e6,1e7,3", ["--where", "loss<low"], "'low' is not a number"),
     "flag": ("1e6,1e7,3", ["--boostrap", "3"], "did you mean --bootstrap"),
     "number": ("1e6,1e7,3", ["--bootstrap", "-3"], "--bootstrap"),
-    "word": ("1e6,1e7,3", ["--delta", "small"], "--delta"),
+    "word": ("1e6,1e7,3", ["--bootstrap", "few"], "--bootstrap"),
     "budget": ("1e6,1e7,3", ["--budget", "much"], "'much'"),
     "negative budget": ("1e6,1e7,3", ["--budget", "-1e20"], "--budget"),
-    "cluster": ("\n".join(f"{k}e6,{k}e7,{4 - k / 10}" for k in range(1, 9)), ["--cluster", "seed"],
-                "no column 'seed'"),
-    "one cluster": ("\n".join(f"{k}e6,1e7,{4 - k / 10}" for k in range(1, 9)), ["--cluster", "D"],
-                    "--cluster D"),
 }
 
 
@@ -336,5 +310,5 @@ def test_script_helps_and_fails_with_one_line(tmp_path):
     help_, bad = (subprocess.run([sys.executable, Path(fl.__file__), word], cwd=tmp_path,
                                  capture_output=True, text=True, check=False)
                   for word in ("--help", "none.csv"))
-    assert help_.returncode == 0 and "--min-budget" in help_.stdout
+    assert help_.returncode == 0 and "--group-by" in help_.stdout
     assert bad.returncode != 0 and bad.stderr.count("\n") == 1 and "none.csv" in bad.stderr

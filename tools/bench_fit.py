@@ -7,6 +7,7 @@ is not divided by delta, and a gradient by differences.
 """
 
 import time
+from itertools import product
 
 import numpy as np
 from scipy.optimize import minimize
@@ -43,7 +44,8 @@ def measure(starts=24, resamples=40):
     fit, took = seconds(lambda: fl.fit_law(runs))
     weight = fl.draw_weights(np.arange(240), 1000, 0)
     draws, refits = seconds(lambda: fl.bootstrap(runs, fit, weight))
-    grid = fl.paper_starts(problem) @ problem.centring
+    logs, e, slopes = range(0, 31, 5), (-1, -0.5, 0.5, 1), (0, 0.5, 2.5)
+    grid = np.array([*product(logs, logs, e, slopes, slopes)], float)  # the paper's 1764 starts
     some = grid[rng.choice(len(grid), starts, replace=False)]
     found, cold = seconds(lambda: [usual_call(runs, start) for start in some])
     best = [fl.objective(problem.theta(coef), problem, w)[0] * 1e-3

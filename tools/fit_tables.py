@@ -37,12 +37,10 @@ def runs_of(N, D, L, name="table", **more):
 
 
 def shared(name, loss="loss", rule="N>0"):
-    """The rows of a table of ../shared/fits that fit a rule -> Runs; C is 6 N D."""
+    """The rows of a table of ../shared/fits that fit a rule -> Runs."""
     rows = fl.read_rows(FITS / f"{name}.csv")
     rows = [row for row, good in zip(rows, fl.select(rows, rule)) if good]
-    C = fl.positive(rows, "C")
-    runs = runs_of(*(fl.positive(rows, key) for key in ("N", "D", loss)), name)
-    return fl.replace(runs, C=C) if np.isfinite(C).all() else runs
+    return runs_of(*(fl.positive(rows, key) for key in ("N", "D", loss)), name)
 
 
 # ---------------------------------------------------------------- published answers
