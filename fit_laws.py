@@ -373,6 +373,9 @@ def load(args):
     rows = keep(rows, [s == "ok" for s in status], f"status is {bad}", notes)
     for rule in args.where:
         rows = keep(rows, select(rows, rule), f"not {rule}", notes)
+    if "D" not in rows[0] and "C" in rows[0]:
+        notes.append("no column of tokens: D = C / (6 N)")
+        rows = [row | {"D": number(row["C"]) / (6 * number(row.get("N")))} for row in rows]
     return rows, notes
 
 
@@ -385,6 +388,10 @@ def make_runs(rows, name, loss, args, notes):
     N, D, L = (positive(rows, key) for key in ("N", "D", loss))
     Nv, Dv = positive(rows, "N_vision"), positive(rows, "D_vision")
     floor = positive(rows, loss.replace("loss", "floor", 1)).mean()
+    for key in ("n_experts", "top_k", "image_size", "context"):
+        kinds = {str(row.get(key)) for row in rows}
+        if len(kinds) > 1 and key not in (args.group_by or ""):
+            notes.append(f"{name}: one law for {key} {', '.join(sorted(kinds))} (--group-by)")
     C, vision = 6 * N * D, (0, 0, 1)
     if np.isfinite(Nv * Dv).all():
         q, p = fit_line(np.log(N), np.log(Nv))
@@ -567,7 +574,6 @@ def parse_args(argv=None, manual=__doc__, switches=()):
     p.add_argument("--json", type=Path)
     for flag in ("--no-plots", *switches):
         p.add_argument(flag, action="store_true")
-    p.set_defaults(delta=1e-3)  # of the Huber loss; tools read it
     args, unknown = p.parse_known_args(argv)
     for flag in unknown[:1]:
         near = difflib.get_close_matches(flag, p._option_string_actions, 1)

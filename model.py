@@ -398,9 +398,9 @@ def generate(model, parts, max_new_tokens, temperature=0.0, top_k=0, seed=0, sto
              n_vocab=None):
     """Continues a prompt with a KV cache -> the new ids, which end before the id `stop`, or where
     the context ends. parts: lists of ids and images in any order, an image as uint8 (P,patch_dim).
-    temperature 0 takes the likeliest token, otherwise one is drawn, of the top_k likeliest if given.
-    Ids from n_vocab on only pad the vocabulary and are never chosen. ValueError where the prompt is
-    empty or fills the row."""
+    temperature 0 takes the likeliest token, otherwise one is drawn, of the top_k likeliest if it is
+    given. Ids from n_vocab on only pad the vocabulary and are never chosen. ValueError where the
+    prompt is empty or fills the row."""
     batch = prompt_batch(parts, model.cfg, model.rope.device)
     length, context = batch["tokens"].shape[1], model.cfg.context
     if not 0 < length < context:

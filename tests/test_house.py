@@ -44,7 +44,7 @@ def test_the_top_level_trains_and_fits_alone(tmp_path):
         f"{n},{d},{1.5 + 50 / n**0.3 + 80 / d**0.3}\n"
         for n in (1e5, 3e5, 1e6) for d in (1e6, 3e6, 1e7)), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(blocked)}
-    for command in ("world.py", "train.py --tokens 2K --width 16 --depth 1 --val-rows 2 --device cpu",
+    for command in ("world.py", "train.py --tokens 2K --width 16 --val-rows 2 --device cpu",
                     "fit_laws.py table.csv --bootstrap 5"):
         result = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, text=True,
                                 env=environment, capture_output=True)

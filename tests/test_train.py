@@ -300,7 +300,8 @@ def test_flags_that_contradict_the_weights_are_refused(tmp_path):
 def test_weights_of_another_size_are_refused(tmp_path):
     trained(tmp_path / "a", "--tokens", "2K")
     with pytest.raises(SystemExit, match="width"):
-        trained(tmp_path / "b", "--tokens", "2K", "--init", str(one(tmp_path / "a")), "--width", "24")
+        trained(tmp_path / "b", "--tokens", "2K", "--width", "24",
+                "--init", str(one(tmp_path / "a")))
 
 
 # -- the command line ----------------------------------------------------------------------------

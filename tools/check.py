@@ -67,7 +67,8 @@ def check_experts(device):
 
 
 def main(argv=None):
-    Parser(prog="python -m tools.check", description=__doc__.split("Dimensions")[0]).parse_args(argv)
+    about = __doc__.split("Dimensions")[0]
+    Parser(prog="python -m tools.check", description=about).parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"torch {torch.__version__}, "
           f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")

@@ -12,6 +12,7 @@ coefficients say at --budget. The other flags choose rows and groups as in fit_l
 
 # Dimensions: n rows (runs), T terms of a law, P coefficients, K resamples, Q budgets, M groups.
 
+import sys
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -19,10 +20,12 @@ from types import SimpleNamespace
 import numpy as np
 from scipy.optimize import brentq
 
-from fit_laws import (NAMES, build_problem, check, derive, fit_line, gather, interval, minimise,
-                      number, optimum, parse_args, projected_starts, residual, screen, span,
-                      write_json)
+from fit_laws import (NAMES, build_problem, check, derive, encoder, fit_line, gather, interval,
+                      minimise, number, optimum, parse_args, projected_starts, residual, screen,
+                      span, write_json)
 
+DELTA = 1e-3  # of the Huber loss
+PEAK = {"a100": 312e12, "h100": 989e12, "h200": 989e12}  # dense bf16 FLOP/s of a GPU
 ISOFLOP = tuple(f"{name}_isoflop" for name in ("a", "b", "c", "d", "D0"))
 
 
@@ -64,6 +67,20 @@ def isoflop(runs, budgets, weight):
     b, lnD0 = fit_line(C, D)
     c, d = fit_line(C, loss)[0], fit_line(N, D)[0]
     return dict(zip(ISOFLOP, (fit_line(C, N)[0], b, c, d, np.exp(lnD0))))
+
+
+def regression(coef, runs):
+    """App. C.2: lines through the best N, D and loss at 16 budgets in the range of C ->
+    {a_regression: value}. Late fusion has a second a and d for N + N_v, which is the paper's late
+    row, and where a + b is not 1."""
+    C = np.geomspace(runs.C.min(), runs.C.max(), 16)
+    N, D, loss = optimum(coef, C, runs.vision)
+    sizes = {"regression": N, "total": N + encoder(N, runs.vision)}
+    lines = {f"{name}_{suffix}": (x, y) for suffix, size in sizes.items()
+             for name, x, y in (("a", C, size), ("b", C, D), ("c", C, loss), ("d", size, D))}
+    good = np.isfinite(N).all()
+    return {name: fit_line(*np.log(line))[0] if good else np.nan for name, line in lines.items()
+            if runs.vision[0] or "total" not in name}
 
 
 def share_coefficients(problem, index, member):
@@ -258,6 +275,10 @@ def report(s, delta):
         record |= isoflop(s.runs, budgets, np.ones(len(s.runs.N)))
         many = [isoflop(s.runs, budgets, weight) for weight in s.weight]
         record["ci"] |= {k: interval(np.array([v[k] for v in many])) for k in ISOFLOP}
+    record |= regression(s.fit.coef, s.runs)
+    many = [regression(coef, s.runs) for coef in s.draws]
+    record["ci"] |= {k: interval(np.array([v[k] for v in many]))
+                     for k in regression(s.fit.coef, s.runs)}
     record |= {"isoflop_budgets": len(budgets), "tied": tied_law(s.runs, delta),
                "sparse": sparse_law(s.runs, s.weight, delta),
                "sensitivity": sensitivity(s.runs, s.fit, delta),
@@ -291,6 +312,9 @@ def print_ends(title, ends):
 def print_more(g):
     """All about one group that fit_laws.py does not print."""
     print("\n{name}: {n} runs, E {E:.4f}, alpha {alpha:.4f}, beta {beta:.4f}".format(**g))
+    for suffix, title in (("regression", "best N, regression"), ("total", "best N + N_vision")):
+        if f"a_{suffix}" in g:
+            print_law(title, g, [f"{name}_{suffix}" for name in "abcd"])
     if g["isoflop_budgets"]:
         print_law(f"{g['isoflop_budgets']} parabolas", g, ISOFLOP)
     print("  alpha = beta        {exponent:.4f} with E {E:.4f}".format(**g["tied"]["tied"]))
@@ -304,8 +328,22 @@ def print_more(g):
     print_ends("profile intervals", g["profile"])
 
 
+def in_flops(text):
+    """24hx8xh100x0.4 (hours, GPUs, their peak, the share of it that is used) as FLOPs; numbers as
+    they are."""
+    def factor(word):
+        return 3600 * number(word[:-1]) if word[-1:] == "h" else PEAK.get(word) or number(word)
+
+    budgets = [np.prod([factor(word) for word in C.split("x")]) for C in text.split(",")]
+    check(np.isfinite(budgets).all(), f"--budget {text}: need FLOPs, or hours, GPUs, their type "
+          "and the share of its peak, as 24hx8xh100x0.4")
+    return ",".join(map(repr, map(float, budgets)))
+
+
 def main(argv=None):
     """Read, fit, print, write; returns what the JSON file holds."""
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [in_flops(word) if flag == "--budget" else word for flag, word in zip(["", *argv], argv)]
     args = parse_args(argv, __doc__, ["--plan"])
     check(args.budget if args.plan else args.path, "give a table, or --plan and --budget")
     check(not args.compare, "--compare belongs to fit_laws.py")
@@ -313,10 +351,10 @@ def main(argv=None):
     if args.path:
         notes, studies = gather(args)
         print("\n".join(notes))
-        result |= {"groups": [report(s, args.delta) for s in studies], "joint": {},
-                   "notes": notes, "delta": args.delta}
+        result |= {"groups": [report(s, DELTA) for s in studies], "joint": {},
+                   "notes": notes, "delta": DELTA}
         for name, groups in families(studies).items():
-            law = result["joint"][name] = joint_law(groups, args.delta)
+            law = result["joint"][name] = joint_law(groups, DELTA)
             print(f"\n{name}: one alpha and beta for all mixtures")
             for group, one in law["groups"].items():
                 print_law(group, one, NAMES)
