@@ -175,8 +175,10 @@ class Row:
     def __init__(self, context, n_patches, eot):
         self.context, self.n_patches, self.eot = context, n_patches, eot
         self.used = self.n_docs = 0
-        self.tokens, self.doc = np.zeros(context, np.int64), np.zeros(context, np.int64)
-        self.patch, self.target = np.full(context, -1), np.full(context, -1)
+        self.tokens = np.zeros(context, np.int64)
+        self.doc = np.zeros(context, np.int64)
+        self.patch = np.full(context, -1)
+        self.target = np.full(context, -1)
         self.nll, self.images = np.zeros(context, np.float32), []
 
     def add(self, document, whole=False):
@@ -186,16 +188,18 @@ class Row:
         n = min(len(ids), self.context - self.used)
         if whole and n < len(ids):
             return False
-        n -= int(patch[n - 1] + 1) % self.n_patches  # stop before an image that does not fit
+        n -= int(patch[n - 1] + 1) % self.n_patches  # without the patches of an unfinished image
         if not (target[:n] >= 0).any():
             return False
         piece = slice(self.used, self.used + n)
-        self.tokens[piece], self.target[piece] = ids[:n], target[:n]
+        self.tokens[piece] = ids[:n]
+        self.target[piece] = target[:n]
         shift = len(self.images) * self.n_patches
         self.patch[piece] = np.where(patch[:n] >= 0, patch[:n] + shift, -1)
         self.images += document.images[:(patch[:n].max() + 1) // self.n_patches]
         self.n_docs += 1
-        self.doc[piece], self.nll[piece] = self.n_docs, nll[:n]
+        self.doc[piece] = self.n_docs
+        self.nll[piece] = nll[:n]
         self.used += n
         return True
 
@@ -328,7 +332,7 @@ class Packed:
             row.add(shards.document(kind, i, size, start, stop, **crops))
         return row
 
-    @lru_cache(maxsize=16)
+    @lru_cache(maxsize=8)
     def plan(self, kind, split):
         check(kind in self.kinds(split),
               f"{self.cfg.data} has no {kind} documents in its split {split}")
@@ -419,6 +423,7 @@ class Shards:
                 table = self.read(folder / f"{split}.docs", np.int64, 0, 3 * shard["docs"])
                 tables.append(np.insert(table.reshape(-1, 3), 0, number, axis=1))
                 self.files[kind].append(folder / "data")
+            # columns: number of the shard, first byte in its data, tokens, images
             self.docs[kind] = np.concatenate(tables)                        # (n_docs, 4)
 
     def read(self, path, dtype, start, count):

@@ -178,7 +178,8 @@ def diagnose(runs, problem, theta):
     r, share = residual(theta, problem)
     jacobian = np.einsum("tn,tnp->np", share, problem.design)  # dr / dtheta
     curvature = jacobian.T @ jacobian
-    curvature += 1e-12 * curvature.max() * np.eye(len(theta))  # a free direction: a huge error
+    # a free direction has no curvature; like this it gets a huge error
+    curvature += 1e-12 * curvature.max() * np.eye(len(theta))
     spread = 1.9 * max(np.median(np.abs(r)), 1e-5)
     error = spread * np.sqrt(np.diag(np.linalg.inv(curvature)))  # rough standard errors
     jacobian = jacobian @ np.linalg.inv(problem.centring).T  # dr / dcoef, as others print it
@@ -295,7 +296,7 @@ def envelope(C, L, cut):
 
 ALIASES = {"n": "N", "params": "N", "parameters": "N", "n_params": "N",
            "d": "D", "tokens": "D", "n_tokens": "D",
-           "val_loss": "loss", "c": "C", "flops": "C", "compute": "C"}
+           "loss": "loss", "val_loss": "loss", "c": "C", "flops": "C", "compute": "C"}
 SIGNS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt,
          "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
@@ -306,18 +307,25 @@ def read_rows(path):
     kind = path.suffix.lower()
     check(path.is_file() and kind in (".jsonl", ".csv", ".tsv"),
           f"{path}: no such table (run folder, .jsonl, .csv or .tsv)")
-    broken = {"status": "broken line"}  # a killed run can leave one
     try:
         lines = [*filter(str.strip, path.read_text("utf-8-sig").splitlines())]
         comma = max(",;\t", key="".join(lines[:1]).count)
         rows = list(csv.DictReader(lines, delimiter=comma, restkey="status"))
         if kind == ".jsonl":
-            rows = [json.loads(line) if line[-1] == "}" else broken for line in lines]
+            rows = [json_row(line) for line in lines]
     except ValueError:
         check(False, f"{path}: not a {kind} table in UTF-8")
     for row, key in [(row, key) for row in rows for key in row]:
-        row.setdefault(ALIASES.get(key.strip().lower(), key), row[key])
+        row.setdefault(ALIASES.get(key.strip().lower(), key.strip()), row[key])
     return rows
+
+
+def json_row(line):
+    """A row; a killed run can leave a broken one."""
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return {"status": "broken line"}
 
 
 def column(rows, name):
@@ -373,7 +381,8 @@ def load(args):
     rows = keep(rows, [s == "ok" for s in status], f"status is {bad}", notes)
     for rule in args.where:
         rows = keep(rows, select(rows, rule), f"not {rule}", notes)
-    if "D" not in rows[0] and "C" in rows[0]:
+    names = {key for row in rows for key in row}
+    if "D" not in names and "C" in names:
         notes.append("no column of tokens: D = C / (6 N)")
         rows = [row | {"D": number(row["C"]) / (6 * number(row.get("N")))} for row in rows]
     return rows, notes
@@ -392,7 +401,8 @@ def make_runs(rows, name, loss, args, notes):
         kinds = {str(row.get(key)) for row in rows}
         if len(kinds) > 1 and key not in (args.group_by or ""):
             notes.append(f"{name}: one law for {key} {', '.join(sorted(kinds))} (--group-by)")
-    C, vision = 6 * N * D, (0, 0, 1)
+    C = 6 * N * D
+    vision = (0, 0, 1)
     if np.isfinite(Nv * Dv).all():
         q, p = fit_line(np.log(N), np.log(Nv))
         C, vision = 6 * (Nv * Dv + N * D), (np.median(Dv / D), p, q)
@@ -414,6 +424,7 @@ def study(runs, args, stream):
     `stream` seeds the resamples, so that groups are independent."""
     rule = args.holdout or "N<0"
     if rule.isdecimal():
+        check(int(rule), "--holdout 0 holds nothing out: give 1 or more sizes")
         rule = f"N>={np.unique(runs.N)[-int(rule) :][0]}"
     held = select(runs.table, rule)
     test, runs = runs.rows(held), runs.rows(~held)
@@ -449,12 +460,13 @@ def at_budget(s, C):
 def gather(args):
     """-> notes, a study for each group and loss that has enough rows."""
     rows, notes = load(args)
-    by = [key for key in ("fusion", "moe") if key in rows[0]]
+    by = [key for key in ("fusion", "moe") if any(key in row for row in rows)]
     by += ["mixture"] if len({row.get("mixture") for row in rows}) > 1 else []
     if args.group_by is not None:
         by = args.group_by.split(",") if args.group_by else []
     cells = [map(str, column(rows, key)) for key in by]
-    keys, studies = list(zip(*cells)) or [()] * len(rows), []
+    keys = list(zip(*cells)) or [()] * len(rows)
+    studies = []
     for key, loss in product(dict.fromkeys(keys), args.loss.split(",")):
         group = [row for row, other in zip(rows, keys) if other == key]
         name = " ".join(word for word in key if word != "none") or "all"

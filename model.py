@@ -293,7 +293,7 @@ class Output(NamedTuple):
 
 
 class Model(nn.Module):
-    """forward(batch) -> Output. The docstring of data.py describes the batch."""
+    """forward(batch) -> Output. data.collate says what a batch is."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -470,7 +470,7 @@ def read_checkpoint(source, take):
     except Exception as error:  # a file of another format can raise nearly anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise SystemExit(f"{path} is not a checkpoint of this code ({reason}): "
-                         "delete it and train again") from None
+                         "train again, in another --out or without this file") from None
     raise SystemExit(f"{path} is not a checkpoint of train.py. If it is of open_lm or DCLM: "
                      f"python -m tools.convert {path} --out FILE.pt")
 

@@ -43,6 +43,7 @@ class MoE(nn.Module):
             return nn.Parameter(nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std))
         self.w_gate = weight(width, self.experts, hidden, width)                 # (E,F,W)
         self.w_up = weight(width, self.experts, hidden, width)                   # (E,F,W)
+        # it writes to the residual stream, so its std is divided by sqrt(2 (layer + 1)), too
         self.w_down = weight(hidden * 2 * (layer + 1), self.experts, width, hidden)  # (E,W,F)
         if self.learned:
             self.router = weight(width, self.experts, width)                     # (E,W)

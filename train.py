@@ -1,6 +1,6 @@
 """Train one model, for one or several token budgets; one loop from a laptop to a cluster.
 
-    python train.py                                             the laptop preset, about two minutes
+    python train.py                                             the laptop preset, a few minutes
     python train.py --fusion late --width 32 --tokens 1M,2M,4M --out runs/demo
     torchrun --standalone --nproc_per_node 8 train.py --preset 275m --data data/real --tokens 5B
 
@@ -13,6 +13,7 @@ Dimensions:  B rows in a micro-batch   T context
 import argparse
 import contextlib
 import difflib
+import functools
 import inspect
 import itertools
 import json
@@ -112,7 +113,8 @@ class Run:
 
 def parse_runs(argv):
     """The command line -> a Run for each token budget, the smallest first."""
-    lists = [value for flag, value in zip(argv, argv[1:]) if "," in value and flag != "--tokens"]
+    lists = [value for flag, value in zip(["", *argv], argv)
+             if "," in value and "--tokens" not in (flag, value.partition("=")[0])]
     check(not lists, f"train.py: {' '.join(lists)}: a list of values needs python -m tools.sweep")
     parser = Parser(description=__doc__, prog="train.py")
     for config in (TrainConfig, ModelConfig, DataConfig):
@@ -130,7 +132,7 @@ def make_runs(given):
     words = vocab_size(given.get("data", DataConfig.data))
     values["vocab_size"] = max(values.get("vocab_size", 0), words)
     runs = [make_run({**values, "tokens": tokens}, given)
-            for tokens in dict.fromkeys(asked.tokens.split(","))]
+            for tokens in dict.fromkeys(filter(None, asked.tokens.split(",")))]
     return sorted(runs, key=lambda run: run.steps)
 
 
@@ -140,6 +142,8 @@ def make_run(values, given):
                           for kind in (ModelConfig, DataConfig, TrainConfig))
     check(train.tokens_per_step % model.context == 0, f"--tokens-per-step "
           f"{train.tokens_per_step}: need whole rows, a multiple of --context {model.context}")
+    check(model.moe == "learned" or not {"experts", "top_k"} & given.keys(),
+          f"--experts and --top-k need --moe learned, not {model.moe}")
     check(model.fusion == "late" or not train.init_vision,
           "--init-vision: only late fusion has an encoder; add --fusion late")
     try:
@@ -167,7 +171,7 @@ def sizes_of_weights(asked, given):
     path = asked.sources().get("decoder")
     if not path:
         return {}
-    known, _ = read_weights(path)
+    known = fields_of_weights(path)
     heads = split_heads(known["width"], known["heads"])
     check("heads" not in given or split_heads(known["width"], given["heads"]) == heads,
           f"--heads {given.get('heads')}: {path} has heads of {heads}; leave --heads out")
@@ -177,6 +181,12 @@ def sizes_of_weights(asked, given):
               f"--preset {asked.preset} has {field} {preset[field]}, {path} {known[field]}: leave "
               "--preset out")
     return known
+
+
+@functools.cache
+def fields_of_weights(path):
+    """Read once, because a checkpoint can be large and a sweep asks for every run."""
+    return read_weights(path)[0]
 
 
 def default_lr(model, preset):
@@ -313,6 +323,14 @@ class Machine:
         return f"{self.device.type} x{torch.get_num_threads()} threads"
 
 
+def make_folder(out):
+    """Makes the folder of a study, or ends in one line, before anything is trained."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {out}: {error.strerror}; choose another folder") from None
+
+
 def write_whole(path, write):
     """write(temporary path), then rename: a reader sees the old file or the new one, never half."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -379,6 +397,9 @@ class Trainer:
             f"{self.accumulation} micro-steps x {self.machine.ranks} ranks, lr {cfg.lr:.2g}, "
             f"warmup {cfg.warmup}, cooldown from {run.branch}, {self.machine.name}"
             + ", compiled" * self.compiled + f", from step {self.step}" * (self.step > 0))
+        if abs(run.steps * cfg.tokens_per_step / whole_number(cfg.tokens) - 1) > 0.05:
+            self.machine.say(f"note: --tokens {cfg.tokens} was rounded to whole steps; "
+                             "--tokens-per-step makes them smaller")
         if self.machine.rank == 0:
             text = json.dumps(self.config, indent=1)
             (run.folder / "config.json").write_text(text, encoding="utf-8")
@@ -509,7 +530,7 @@ def divide_step(run, machine):
 def evaluate(trainer):
     """{loss_caption, ..., loss, floor_caption, ...}: text cross-entropy in nats a token over the
     fixed validation rows of each kind, and the mean over kinds (section 1.1). Each rank reads its
-    share; the model is the bare one, so that ranks may differ in their number of batches."""
+    share; the model is not wrapped in DDP, so that ranks may differ in their number of batches."""
     machine, loader, kinds, result = trainer.machine, trainer.loader, trainer.loader.val_kinds(), {}
     names = ("loss", "floor") if loader.source.knows_floor else ("loss",)
     trainer.model.eval()
@@ -535,8 +556,8 @@ def train(trainer):
     run, machine, cfg = trainer.run, trainer.machine, trainer.run.train
     trainer.describe()
     forward = trainer.model
-    if machine.ranks > 1:  # the only buffer, the rope table, is the same everywhere: not sent
-        forward = DistributedDataParallel(trainer.model, broadcast_buffers=False)
+    if machine.ranks > 1:
+        forward = DistributedDataParallel(trainer.model)
     batches = trainer.loader.train_batches(
         trainer.step, run.steps, cfg.tokens_per_step // run.model.context, trainer.rows,
         machine.rank, machine.ranks, machine.is_cuda)
@@ -556,8 +577,8 @@ def train(trainer):
                 trainer.save("ckpt.pt")
                 return "stopped"
 
-            # clip and step: one division, by the targets of all micro-batches and ranks (DDP has
-            # averaged over ranks, hence their number)
+            # clip and step: one division, by the targets of all micro-batches and ranks, which are
+            # totals[2] (DDP has averaged over ranks, hence their number)
             grads = [p.grad for p in trainer.model.parameters()]
             torch._foreach_mul_(grads, machine.ranks / totals[2].clamp(min=1))
             norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(),
@@ -737,17 +758,19 @@ def train_one(run, runs, machine):
     machine.say(summary(row))
     if status == "ok" and len(runs) == 1:
         show_sample(trainer)
-    return not trainer.stopped
+    alone = machine.ranks == 1  # several ranks only know what they agreed on in the last step
+    return not (trainer.stop.asked if alone else trainer.stopped)
 
 
 def main(argv):
     """Trains what is not finished, the shortest run first, because longer ones need its trunk."""
     runs = parse_runs(argv)
+    make_folder(runs[0].train.out)
     machine = Machine.start(runs[0].train.device)
     for run in runs:
         row = machine.share(finished(run.train.out).get(run.name))  # or ranks could disagree
         if row:
-            machine.say(f"finished before: {summary(row)}")
+            machine.say(f"finished before (another --out trains it again): {summary(row)}")
         elif not train_one(run, runs, machine):
             sys.exit(130)
     if machine.ranks > 1:

@@ -24,7 +24,9 @@ VERBS = ("eats", "fears", "likes", "makes")
 COUNTS = ("none", "one", "two", "three", "four", "five")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 ACTS = ("left", "came", "turned", "moved")
-KINDS = ("caption", "interleaved", "text", "conversation")  # the order of --mixture; new ones last
+# The order of --mixture; new kinds come last. A new kind must start as a caption or a text does, or
+# with a Question; otherwise its first words would tell the kind, which nobody charges for.
+KINDS = ("caption", "interleaved", "text", "conversation")
 QUESTIONS = ("colour", "count", "relation", "compare")  # the kinds of conversation
 GRID = 4  # a scene is GRID x GRID cells: with S / patch_size = 4, one patch sees a whole thing
 
@@ -85,7 +87,8 @@ class World:
     its floor (Hutter 2021, Michaud et al. 2023). The world itself never changes with the run's
     seed, which only picks the documents that are read about it."""
 
-    THINGS, VALUES, ZIPF, HEAD = 4096, 64, 1.5, 4
+    THINGS, VALUES = 4096, 64
+    ZIPF, HEAD = 1.5, 4  # p(thing k) ~ (k + HEAD)^-ZIPF: HEAD keeps the first from being everywhere
 
     def __init__(self, image_size=32):
         if image_size % GRID or image_size < 8 * GRID:  # smaller, two sprites could look alike
@@ -101,6 +104,7 @@ class World:
         self.sprites = sprites[:, near][:, :, near]                    # (THINGS, cell, cell)
         p = (np.arange(self.THINGS) + self.HEAD) ** -self.ZIPF
         self.p = p / p.sum()
+        # each thing has a friend, which often stands beside it or is met in its stories
         self.friend = rng.choice(self.THINGS, size=self.THINGS, p=self.p)
         self.cumulative = np.cumsum(self.p).tolist()
         grey = rng.integers(12, 40, size=(64, 1, 1, 1))

@@ -136,7 +136,7 @@ def test_what_our_decoder_has_no_place_for_is_named(change, named, tmp_path):
 def test_check_runs_and_says_what_a_cpu_cannot_compare(capsys):
     check.main([])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and "FlexAttention" in lines[1] and "experts" in lines[2]
+    assert "FlexAttention" in lines[1] and "experts" in lines[-1]
 
 
 def test_check_sees_a_wrong_mask():

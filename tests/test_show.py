@@ -41,13 +41,13 @@ def test_show_with_its_defaults_and_with_mistakes(tmp_path, monkeypatch, capsys)
     pack({"text": [str(text)]}, out, val_fraction=0, workers=1)
     with monkeypatch.context() as patch:
         patch.setattr(tools.show, "draw_rows", lambda batch, *_: print(batch["tokens"].shape))
-        tools.show.main([str(out), "--mixture", "100-0-0"])  # images of 224: 256 patches
+        tools.show.main([str(out)])  # the kinds that are there; images of 224: 256 patches
         assert "[4, 1024]" in capsys.readouterr().out
         tools.show.main([str(out), "-n", "3", "--split", "val", "--mixture", "100-0-0"])  # one row
         assert "[3, 1024]" in capsys.readouterr().out
         tools.show.main(["-n", "70", "--split", "val", "--mixture", "100-0-0"])
         assert "[70, 256]" in capsys.readouterr().out
-    for argv, message in (([str(out)], "only caption, text; give interleaved 0"),
+    for argv, message in (([str(out), "--mixture", "45-45-10"], "give interleaved 0"),
                           (["--patch-size", "-8"], "--patch-size -8"),
                           (["--splt", "val"], "--split"),
                           ([str(out), "--mixture", "0-0-100", "--split", "val"], "split val"),

@@ -6,6 +6,7 @@ The usual call has scipy's default tolerances, coefficients that are not centred
 is not divided by delta, and a gradient by differences.
 """
 
+import argparse
 import time
 from itertools import product
 
@@ -63,5 +64,11 @@ def measure(starts=24, resamples=40):
          f" of {resamples}"]]
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    argparse.ArgumentParser(prog="python -m tools.bench_fit",
+                            description=__doc__).parse_args(argv)
     print(markdown(["", "ours", "the usual call"], measure()))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ import warnings
 from data import DataConfig, Loader, check, collate, read_meta
 from tools import need
 from train import Parser
+from world import KINDS
 
 WIDTH = 118  # of a page, in letters
 INK = {"target": "#0b3d91", "context": "#999999"}
@@ -102,7 +103,7 @@ def main(argv=None):
     add("--context", type=int, default=0, help="positions in a row; 0: 1024, 256 for procedural")
     add("--image-size", type=int, default=0, help="0: as packed; 32 for procedural")
     add("--patch-size", type=int, default=0, help="0: 1/16 of the image; 1/4 for procedural")
-    add("--mixture", default="45-45-10", help="as for training; kinds of share 0 are left out")
+    add("--mixture", help="as for training; kinds of share 0 are left out (default: all kinds)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     real = args.data != "procedural"
@@ -112,7 +113,12 @@ def main(argv=None):
     check(min(size, patch, args.n) > 0 and size % patch == 0 and context > (size // patch)**2 + 1,
           f"show: {args.n} rows of --context {context} with images of --image-size {size} in "
           f"patches of --patch-size {patch} are not possible")
-    cfg = DataConfig(args.data, args.mixture, val_rows=max(64, args.n))
+    splits = read_meta(args.data)["splits"] if real else {}
+    there = list(splits.get(args.split, KINDS[:3]))
+    equal = [100 // len(there) * (kind in there) for kind in KINDS]
+    equal[KINDS.index(there[0])] += 100 - sum(equal)
+    mixture = args.mixture or "-".join(map(str, equal))
+    cfg = DataConfig(args.data, mixture, val_rows=max(64, args.n))
     loader = Loader(cfg, args.seed, context, size, patch)
     used = list(loader.shares)
     kinds = [(used[i % len(used)], i // len(used)) for i in range(args.n)]  # in turn

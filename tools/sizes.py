@@ -92,9 +92,10 @@ def matched_width(run, rule):
     return min(near, key=lambda width: abs(count("early", width)["N"] - goal))
 
 
-def equal_text(run):
+def equal_text(runs):
     """The flags at which a row holds as much text as it does with images of the default size:
     images take more room, so the row grows, and with it the tokens of a step and of the run."""
+    run = runs[0]
     sizes = SIZES[run.train.preset]
     base = replace(run.model, image_size=sizes["image_size"], patch_size=sizes["patch_size"])
     goal, _ = positions(run.data, base)
@@ -104,7 +105,8 @@ def equal_text(run):
         context = round(context * goal / text)
     step = run.train.tokens_per_step // base.context * context
     return (f"--image-size {run.model.image_size} --patch-size {run.model.patch_size} --context "
-            f"{context} --tokens-per-step {step} --tokens {run.steps * step}")
+            f"{context} --tokens-per-step {step} --tokens "
+            + ",".join(str(run.steps * step) for run in runs))
 
 
 def main(argv=None):
@@ -117,9 +119,9 @@ def main(argv=None):
         widths = sorted(matched_width(runs[0], args.match) for _, runs in jobs)
         print("--fusion early --width", ",".join(map(str, widths)))
     elif args.equal_text:
-        (_, (run, *_)), *more = parse_grid([*flags, "--seed", "0"])
+        (_, runs), *more = parse_grid([*flags, "--seed", "0"])
         check(not more, "sizes: --equal-text takes one image size at a time")
-        print(equal_text(run))
+        print(equal_text(runs))
     else:
         check(not flags, f"sizes: {' '.join(flags)} needs --match or --equal-text")
         print_sizes()

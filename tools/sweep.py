@@ -34,15 +34,19 @@ def parse_grid(words):
             flag, equals, value = word.partition("=")
             grid[flag] = value if equals else None
         else:
-            check(grid, f"sweep: {word!r} follows no flag")
+            check(grid and grid[flag] is None, f"sweep: {word!r} follows no flag; put commas "
+                  "between several values, as in --width 8,16")
             grid[flag] = word
-    lists = [[value] if flag == "--tokens" or value is None else value.split(",")
+    lists = [[value] if value is None or flag in ("--tokens", "--out") else value.split(",")
              for flag, value in grid.items()]
     jobs = {}
     for values in itertools.product(*lists):
         argv = [word for pair in zip(grid, values) for word in pair if word is not None]
         runs = train.parse_runs(argv)
-        jobs[runs[-1].name] = argv, runs  # values that are given twice are one run
+        name = runs[-1].name  # values that are given twice are one run
+        check(jobs.get(name, (argv,))[0] == argv, f"sweep: {name} would be trained twice, because "
+              f"some flag says how and not what to train ({', '.join(train.HOW)})")
+        jobs[name] = argv, runs
     return sorted(jobs.values(), key=lambda job: cost(job[1][-1]), reverse=True)
 
 
@@ -66,10 +70,11 @@ def start(argv, run, place):
     """A child that trains, its output in OUT/logs/RUN.log."""
     path = run.folder.parent / "logs" / f"{run.name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # by torchrun or slurm, but each child is alone
+    env = {k: v for k, v in os.environ.items() if k not in launched} | place
     with open(path, "a", encoding="utf-8") as log:
-        child = subprocess.Popen([sys.executable, "-m", "tools.sweep", "--child", *argv],
-                                 env={**os.environ, **place}, stdin=subprocess.PIPE,
-                                 stdout=log, stderr=log)
+        child = subprocess.Popen([sys.executable, "-m", "tools.sweep", "--child", *argv], env=env,
+                                 stdin=subprocess.PIPE, stdout=log, stderr=log)
     child.log, child.asked = path, False  # asked to stop
     return child
 
@@ -120,7 +125,7 @@ def train_all(jobs, free, bar, stop):
                 del children[name]
                 free.append(place)
                 why = failure(child)
-                failures += [f"{name}: {why}"] if why and not child.asked else []
+                failures += [f"{name}: {why}"] if why and not stop.asked else []
             # asked once, because a second signal would end its saving
             if stop.asked and not ended and not child.asked:
                 child.terminate()
@@ -150,12 +155,14 @@ def main(argv=None):
     jobs = jobs[int(part) - 1::int(parts)]
     runs = [run for _, all in jobs for run in all]
     check(runs, f"--part {args.part}: there are fewer runs than parts")
+    train.make_folder(runs[0].train.out)
     free, done = places(runs[0].train.device, args.jobs), train.finished(runs[0].train.out)
     print(f"{len(runs)} runs, {sum(run.name in done for run in runs)} of them finished before, "
           f"{min(len(free), len(jobs))} at a time", flush=True)
     bar = tqdm(total=sum(run.steps for run in runs), unit="step", disable=not sys.stderr.isatty())
+    todo = [job for job in jobs if not done.keys() >= {run.name for run in job[1]}]
     with train.StopSignal() as stop, bar:
-        failures = train_all(jobs, free, bar, stop)
+        failures = train_all(todo, free, bar, stop) if todo else []
     for line in failures:
         print(line, file=sys.stderr)
     if stop.asked:
