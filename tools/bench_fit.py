@@ -9,15 +9,35 @@ is not divided by delta, and a gradient by differences.
 import argparse
 import time
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import huber, logsumexp
 
 import fit_laws as fl
-from tools.fit_tables import markdown, shared
 
+FITS = Path(__file__).resolve().parents[2] / "shared" / "fits"
 BEST = 0.0010182740178006  # the least objective known on these 240 rows
+
+
+def markdown(head, rows):
+    """A table; numbers are already text."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines)
+
+
+def runs_of(N, D, L, name="table", **more):
+    """Columns -> Runs with C = 6 N D."""
+    N, D, L = (np.asarray(x, float) for x in (N, D, L))
+    return fl.Runs(name, N, D, L, **{"C": 6 * N * D, "table": np.array([{}] * len(N))} | more)
+
+
+def shared(name, loss="loss", rule="N>0"):
+    """The rows of a table of ../shared/fits that fit a rule -> Runs."""
+    rows = fl.read_rows(FITS / f"{name}.csv")
+    rows = [row for row, good in zip(rows, fl.select(rows, rule)) if good]
+    return runs_of(*(fl.positive(rows, key) for key in ("N", "D", loss)), name)
 
 
 def usual_call(runs, start, weight=1.0):

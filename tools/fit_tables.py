@@ -16,31 +16,12 @@ from scipy.optimize import least_squares
 
 import fit_laws as fl
 from tools import laws_more as lm
+from tools.bench_fit import markdown, measure, runs_of, shared
 
-FITS = Path(__file__).resolve().parents[2] / "shared" / "fits"
 SIZES = (0.27484e9, 0.46403e9, 0.93168e9, 1.62678e9, 2.2799e9, 3.35425e9)  # early (Table 6)
 DECODERS = (247e6, 412e6, 834e6, 1.44e9, 2.01e9, 3.03e9)  # late
 ENCODERS = (42e6, 82e6, 170e6, 308e6, 418e6, 679e6)
 SPARSE_TRUTH = np.array([*np.log([16000, 5500, 0.94, 0.46, 17]), 0.6, 0.4, -0.17, 0.16, 0.16])
-
-
-def markdown(head, rows):
-    """A table; numbers are already text."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
-    return "\n".join(lines)
-
-
-def runs_of(N, D, L, name="table", **more):
-    """Columns -> Runs with C = 6 N D."""
-    N, D, L = (np.asarray(x, float) for x in (N, D, L))
-    return fl.Runs(name, N, D, L, **{"C": 6 * N * D, "table": np.array([{}] * len(N))} | more)
-
-
-def shared(name, loss="loss", rule="N>0"):
-    """The rows of a table of ../shared/fits that fit a rule -> Runs."""
-    rows = fl.read_rows(FITS / f"{name}.csv")
-    rows = [row for row, good in zip(rows, fl.select(rows, rule)) if good]
-    return runs_of(*(fl.positive(rows, key) for key in ("N", "D", loss)), name)
 
 
 # ---------------------------------------------------------------- published answers
@@ -295,8 +276,6 @@ defaults: not centred, not divided, gradient by differences."""
 
 def page(args):
     """The sections of results/fits.md."""
-    from tools.bench_fit import measure
-
     rows = published()
     bad = sum(abs(ours - want) > allowed for *_, want, ours, allowed in rows)
     yield ("# fit_laws.py where the answer is known\n\nMade by `python -m tools.fit_tables`.\n\n"
