@@ -11,7 +11,7 @@ import pytest
 
 import fit_laws as fl
 from tools import fit_tables as ft
-from tools.fit_tables import FITS, runs_of, shared
+from tools.bench_fit import FITS, runs_of, shared
 
 EARLY = np.array([np.log(270), np.log(1857), np.log(1.904), 0.301, 0.335])  # PAPER 2.1, 2.3
 SPARSE = np.array([np.log(381773), np.log(4659), np.log(2.158), 0.710, 0.372])  # PAPER 2.3

@@ -165,7 +165,7 @@ def small_experiment(command, home):
         words = small(words) + ["--vision-width", "0"] * trains
     if trains:
         words += ["--tokens", budget, "--seed", "0"]
-    return words + ["--quick"] * ("tools.bench" in words)
+    return words + ["--quick"] * ("tools.bench" in words) + ["-n", "2"] * ("tools.score" in words)
 
 
 def lend_runs(command, home):

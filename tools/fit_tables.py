@@ -306,12 +306,12 @@ def page(args):
     yield markdown(["", "ours", "the usual call"], measure())
 
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--studies", type=int, default=200)
     p.add_argument("--resamples", type=int, default=1000)
     p.add_argument("--out", type=Path, default=Path("results/fits.md"))
-    args = p.parse_args()
+    args = p.parse_args(argv)
     text = "\n\n".join(page(args)) + "\n"
     args.out.write_text(text, encoding="utf-8")
     print(text)
