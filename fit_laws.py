@@ -258,9 +258,9 @@ def optimum(coef, C, vision=(0, 0, 1)):
 def derive(coef):
     """Coefficients (5,) or (K, 5) -> {name: value}, with a, b, d for C = 6 N D."""
     *logs, alpha, beta = np.transpose(coef)
-    with np.errstate(all="ignore"):  # an exponent can be 0
+    with np.errstate(all="ignore"):  # an exponent can be 0, and A of a resample infinite
         a, d = beta / (alpha + beta), alpha / beta
-    return dict(zip(NAMES, [*np.exp(logs), alpha, beta]), a=a, b=1 - a, d=d)
+        return dict(zip(NAMES, [*np.exp(logs), alpha, beta]), a=a, b=1 - a, d=d)
 
 
 def fit_line(x, y):
