@@ -252,8 +252,8 @@ the truth, in %, and the mean error (in its standard errors)."""
 SPARSE = """L(N, D, S) with five sparsities, 240 runs: {sparse} studies of {few} resamples. AIC
 prefers it to a law without S and to one law for each S in {picked:.0f} %. alpha and beta are
 recovered; E, C and lambda are hardly told apart even here, and the tool says so of C and lambda in
-most studies (flagged). The intervals of E, d, delta and gamma are too narrow: read them as orders of
-magnitude."""
+most studies (flagged). The intervals of E, d, delta and gamma are too narrow: read them as orders
+of magnitude."""
 
 TABLE2 = """## Table 2's a, b, d
 
