@@ -37,6 +37,8 @@ def test_mistakes_of_sample_end_in_one_line(tmp_path):
                         ([run, "--image", tmp_path / "none.png"], "none.png"),
                         ([run, "--image", tmp_path / "no.png"], "no.png"),
                         ([run, "--prompt", "x" * 30], "give 1 to 23"),
+                        ([run, "--temperature", "nan"], "--temperature nan"),
+                        ([run, "--top-k", "-1"], "--top-k -1"),
                         ([run, "--promt", "x"], "--prompt")):
         assert str(named) in one_line(SystemExit, sample.main, [str(arg) for arg in args])
 

@@ -346,6 +346,13 @@ def test_mistakes_end_in_one_clear_line(tmp_path, flags, words):
     assert not list(tmp_path.glob("*/*.pt"))
 
 
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x", "utf-8")
+    with pytest.raises(SystemExit, match="--out .*file"):
+        trained(tmp_path / "file", "--tokens", "2K")
+    assert (tmp_path / "file").read_text("utf-8") == "x"
+
+
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     trained(tmp_path, "--tokens", "5K")
     folder = one(tmp_path)
