@@ -469,8 +469,9 @@ class Trainer:
     def adopt_weights(self):
         """Takes over the weights that --init and --init-vision name. The vision part comes with the
         decoder only if both use the same fusion."""
+        read = functools.cache(read_weights)  # --init alone names one file for both parts
         for part, path in self.run.train.sources().items():
-            known, weights = read_weights(path)
+            known, weights = read(path)
             if part == "decoder" or known.get("fusion") == self.run.model.fusion:
                 adopt(self.model, weights, part, path)
                 self.machine.say(f"{self.run.name}: {part} from {path}")

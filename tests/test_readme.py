@@ -77,9 +77,6 @@ def workplace(tmp_path_factory):
     for folder in ("results", "tests", "tools"):
         shutil.copytree(ROOT / folder, home / folder)
     make_sources(home)
-    (home / "table.csv").write_text("N,D,loss\n" + "".join(
-        f"{n},{d},{1.5 + 50 / n**0.3 + 80 / d**0.3}\n"
-        for n in (1e5, 3e5, 1e6, 3e6) for d in (1e6, 3e6, 1e7, 3e7)), encoding="utf-8")
     return home
 
 

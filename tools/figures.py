@@ -150,15 +150,14 @@ def main(argv=None):
     figure = need("matplotlib.figure", "matplotlib")  # before the fit, which takes longer
     notes, studies = gather(args)
     print("\n".join(notes))
-    folder = args.out
-    check(not folder.is_file(), f"{folder} is a file; choose a folder for --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    check(not args.out.is_file(), f"{args.out} is a file; choose a folder for --out")
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, draw in (("laws_more", draw_laws), ("residuals", draw_residuals)):
         page = figure.Figure(layout="constrained")
         page.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
         draw(page, studies)
-        page.savefig(folder / f"{name}.png", dpi=150)
-        print(f"wrote {folder / name}.png")
+        page.savefig(args.out / f"{name}.png", dpi=150)
+        print(f"wrote {args.out / name}.png")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """The measured tables of results/fits.md: what fit_laws.py finds where the answer is known.
 
-    python -m tools.fit_tables                 all of it, a quarter of an hour on one core
-    python -m tools.fit_tables --studies 40 --resamples 400 --out fits.md
+    python -m tools.fit_tables TABLES          all of it, a quarter of an hour on one core
+    python -m tools.fit_tables TABLES --studies 40 --resamples 400 --out fits.md
 
-Needs ../shared/fits, published tables that are for checking only.
+TABLES is a folder of published tables, one csv file for each name in `published`, with columns N,
+D and loss. They are for checking only, and are not part of this project.
 """
 
 # n rows (runs), K resamples or studies, Q budgets.
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from scipy.optimize import least_squares
 
 import fit_laws as fl
 from tools import laws_more as lm
-from tools.bench_fit import markdown, measure, runs_of, shared
+from tools.bench_fit import markdown, measure, read_table, runs_of
 
 SIZES = (0.27484e9, 0.46403e9, 0.93168e9, 1.62678e9, 2.2799e9, 3.35425e9)  # early (Table 6)
 DECODERS = (247e6, 412e6, 834e6, 1.44e9, 2.01e9, 3.03e9)  # late
@@ -32,10 +34,11 @@ def natural(fit):
     return fl.derive(fit.coef) | {"F": fit.objective}
 
 
-def gadre(check):
+def gadre(check, table):
     """Gadre et al.'s recipe on five runs, alpha = beta and squares of the raw loss: their law
     and its errors on two far larger runs."""
-    runs, four = shared("gadre_rpj", "loss_c4_val"), np.sort(np.unique(shared("gadre_rpj").N))[:4]
+    runs = table("gadre_rpj", "loss_c4_val")
+    four = np.unique(runs.N)[:4]
     ratio = (runs.D / runs.N / 20).round(2)  # in units of 20 tokens a parameter
     small = (np.isin(runs.N, four) & (ratio == 1)) | ((runs.N == four[0]) & (ratio == 16))
     small = runs.rows(small)
@@ -55,16 +58,16 @@ def gadre(check):
     check("gadre_rpj, 5 runs: Gadre et al.", ours, dict(zip(ours, zip(answers, digits))))
 
 
-def published():
+def published(folder):
     """[(table, quantity, published, ours, allowed)]: allowed = the published standard error, or
     half a unit of the last printed digit where the set states a minimum to that digit."""
-    rows = []
+    rows, table = [], partial(read_table, folder)
 
-    def check(table, values, answers):
-        rows.extend((table, k, want, float(values[k]), allowed)
+    def check(name, values, answers):
+        rows.extend((name, k, want, float(values[k]), allowed)
                     for k, (want, allowed) in answers.items())
 
-    chinchilla = shared("chinchilla_epoch", rule="kept240=1")
+    chinchilla = table("chinchilla_epoch", rule="kept240=1")
     check("chinchilla_epoch, 240 rows: Besiroglu et al.", natural(fl.fit_law(chinchilla)), {
         "A": (482.01, 124.58), "B": (2085.43, 1293.23), "E": (1.8172, 0.026),
         "alpha": (0.3478, 0.0154), "beta": (0.3658, 0.0206), "a": (0.513, 0.020)})
@@ -72,36 +75,36 @@ def published():
         "F": (0.0010182740178006, 1e-12), "alpha": (0.34731050, 5e-9), "beta": (0.36717243, 5e-9)})
     check("chinchilla_epoch, delta 1e-4", natural(fl.fit_law(chinchilla, 1e-4)), {
         "A": (478.7, 0.05), "B": (2065.4, 0.05), "alpha": (0.34741, 5e-6), "beta": (0.36538, 5e-6)})
-    check("chinchilla_epoch, all 245", natural(fl.fit_law(shared("chinchilla_epoch"))), {
+    check("chinchilla_epoch, all 245", natural(fl.fit_law(table("chinchilla_epoch"))), {
         "alpha": (0.349313, 5e-7), "beta": (0.453049, 5e-7), "a": (0.56464, 5e-6)})
-    check("gemstones_hot, delta 1e-3", natural(fl.fit_law(shared("gemstones_hot"))), {
+    check("gemstones_hot, delta 1e-3", natural(fl.fit_law(table("gemstones_hot"))), {
         "alpha": (0.2929, 5e-5), "beta": (0.7129, 1e-4), "E": (2.1431, 2e-4), "a": (0.7088, 5e-5)})
-    misfitting = shared("misfitting_final")
+    misfitting = table("misfitting_final")
     check("misfitting_final", natural(fl.fit_law(misfitting)), {
         "F": (0.005021654212110655, 1e-10), "alpha": (0.200196, 1e-4), "beta": (0.635697, 1e-4)})
     check("misfitting_final, alpha = beta", lm.tied_law(misfitting, 1e-3)["tied"], {
         "objective": (0.005243705787850444, 1e-10), "exponent": (0.603380, 1e-4)})
-    check("steplaw_moe (reference)", natural(fl.fit_law(shared("steplaw_moe"))), {
+    check("steplaw_moe (reference)", natural(fl.fit_law(table("steplaw_moe"))), {
         "E": (1.6497, 5e-5), "alpha": (0.7257, 5e-5), "beta": (0.2468, 5e-5)})
-    llama = shared("isoflop_llama_3_raw_loss")
+    llama = table("isoflop_llama_3_raw_loss")
     found = lm.isoflop(llama, lm.isoflop_budgets(llama), np.ones(len(llama.N)))
     check("isoflop_llama_3: Llama 3, approach 2", found, {
         "b_isoflop": (0.537, 5e-4), "D0_isoflop": (0.299, 5e-4)})
-    synthetic(check)
-    gadre(check)
+    synthetic(check, table)
+    gadre(check, table)
     return rows
 
 
-def synthetic(check):
+def synthetic(check, table):
     """The four synthetic tables: the truth, and the least objective under noise."""
     for name, E, alpha, beta in (("epoch", 1.8172180991, 0.3473104989, 0.3671724327),
                                  ("nmm_sparse", 2.158, 0.710, 0.372)):
-        check(f"synthetic_{name}_exact", natural(fl.fit_law(shared(f"synthetic_{name}_exact"))), {
+        check(f"synthetic_{name}_exact", natural(fl.fit_law(table(f"synthetic_{name}_exact"))), {
             "E": (E, 1e-7), "alpha": (alpha, 1e-7), "beta": (beta, 1e-7)})
     for name, F, E, alpha, beta, a in (
             ("epoch", 0.000435846531422, 1.78540343, 0.31683819, 0.37082945, 0.53925680),
             ("nmm_sparse", 0.000436769321764, 2.15357510, 0.68225881, 0.37413015, 0.35415946)):
-        check(f"synthetic_{name}_noisy", natural(fl.fit_law(shared(f"synthetic_{name}_noisy"))), {
+        check(f"synthetic_{name}_noisy", natural(fl.fit_law(table(f"synthetic_{name}_noisy"))), {
             "F": (F, 1e-12), "E": (E, 5e-8), "alpha": (alpha, 5e-8), "beta": (beta, 5e-8),
             "a": (a, 5e-8)})
 
@@ -270,23 +273,23 @@ give it to 1 in 1000. Its regression column differs by the steps of a grid of D.
 
 SPEED = """## Speed
 
-chinchilla_epoch, 240 rows, one thread, one run of `python -m tools.bench_fit`. Ours is L-BFGS-B on
+chinchilla_epoch, 240 rows, one thread, one run of `python -m tools.bench_fit TABLES`. Ours is L-BFGS-B on
 a centred problem, divided by delta, with the exact gradient; the usual call is scipy's with its
 defaults: not centred, not divided, gradient by differences."""
 
 
 def page(args):
     """The sections of results/fits.md."""
-    rows = published()
+    rows = published(args.tables)
     bad = sum(abs(ours - want) > allowed for *_, want, ours, allowed in rows)
-    yield ("# fit_laws.py where the answer is known\n\nMade by `python -m tools.fit_tables`.\n\n"
+    yield ("# fit_laws.py where the answer is known\n\nMade by `python -m tools.fit_tables TABLES`.\n\n"
            "## Published and ours\n\nAllowed: the published standard error where there is one, "
            f"else the digits stated. Outside: {bad} of {len(rows)}.")
     yield markdown(["table", "quantity", "published", "ours", "difference", "allowed"],
                    [[t, k, f"{want:.10g}", f"{ours:.10g}", f"{ours - want:+.1e}", f"{allowed:.1e}"]
                     for t, k, want, ours, allowed in rows])
     yield "routed_lm has one token count, and the tool says: " + fl.fit_law(
-        shared("routed_lm")).flags[0] + "."
+        read_table(args.tables, "routed_lm")).flags[0] + "."
     yield TABLE9
     yield markdown(["", "closed form, printed", "from the printed n", "from .301 and .335",
                     "regression, printed"], table9())
@@ -304,11 +307,13 @@ def page(args):
         ["flagged as not identified, %", *(f"{100 * h:.0f}" for h in flagged.mean(0))],
         ["median error", *(f"{e:+.3g}" for e in np.median(errors, 0))]])
     yield SPEED
-    yield markdown(["", "ours", "the usual call"], measure())
+    yield markdown(["", "ours", "the usual call"], measure(args.tables))
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m tools.fit_tables", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("tables", type=Path, help="folder with the published tables")
     p.add_argument("--studies", type=int, default=200)
     p.add_argument("--resamples", type=int, default=1000)
     p.add_argument("--out", type=Path, default=Path("results/fits.md"))

@@ -271,14 +271,15 @@ def paper_plan(budgets):
 def report(s, delta):
     """A study of fit_laws.py -> its record with all that this file finds, which it also prints."""
     record, budgets = s.record, isoflop_budgets(s.runs)
+
+    def add(value, many):  # the intervals are those of the same quantities on every resample
+        record.update(value)
+        record["ci"] |= {k: interval(np.array([v[k] for v in many])) for k in value}
+
     if budgets:
-        record |= isoflop(s.runs, budgets, np.ones(len(s.runs.N)))
-        many = [isoflop(s.runs, budgets, weight) for weight in s.weight]
-        record["ci"] |= {k: interval(np.array([v[k] for v in many])) for k in ISOFLOP}
-    record |= regression(s.fit.coef, s.runs)
-    many = [regression(coef, s.runs) for coef in s.draws]
-    record["ci"] |= {k: interval(np.array([v[k] for v in many]))
-                     for k in regression(s.fit.coef, s.runs)}
+        add(isoflop(s.runs, budgets, np.ones(len(s.runs.N))),
+            [isoflop(s.runs, budgets, weight) for weight in s.weight])
+    add(regression(s.fit.coef, s.runs), [regression(coef, s.runs) for coef in s.draws])
     record |= {"isoflop_budgets": len(budgets), "tied": tied_law(s.runs, delta),
                "sparse": sparse_law(s.runs, s.weight, delta),
                "sensitivity": sensitivity(s.runs, s.fit, delta),

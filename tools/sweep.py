@@ -168,7 +168,8 @@ def main(argv=None):
     if stop.asked:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    missing = [run.name for run in runs if run.name not in train.finished(run.train.out)]
+    done = train.finished(runs[0].train.out)
+    missing = [run.name for run in runs if run.name not in done]
     check(not missing, f"{len(missing)} of {len(runs)} runs are not finished; the same command "
           "goes on from here")
 
