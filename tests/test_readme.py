@@ -197,13 +197,12 @@ def as_open_lm(ours):
 
 def run_here(words):
     """A command of ours without a process of its own, because most of its time is the start."""
-    tool = words[2] if words[1] == "-m" else words[1].removesuffix(".py")
-    flags = words[words.index("-m") + 2 if "-m" in words[:2] else 2:]
+    tool, *flags = words[2:] if words[1] == "-m" else words[1:]
     if tool == "tools.sweep":  # one after the other; tests/test_sweep.py runs real ones
         return [train.main(argv) for argv, _ in sweep.parse_grid(flags)]
     if tool == "tools.bench":  # it measures processes
         return subprocess.run(words, check=True, capture_output=True)
-    return importlib.import_module(tool).main(flags)
+    return importlib.import_module(tool.removesuffix(".py")).main(flags)
 
 
 def test_the_experiments_run_in_their_order(workplace, monkeypatch):
