@@ -287,7 +287,8 @@ class VisionEncoder(nn.Module):
 class Output(NamedTuple):
     loss: torch.Tensor                  # () float32, SUM of the text targets' losses, nats
     count: int                          # number of text targets
-    balance: torch.Tensor               # () float32, load_balancing_loss, mean over layers, or 0
+    balance: torch.Tensor               # () float32, load_balancing_loss, SUM over tokens, mean
+                                        # over layers; 0 if dense
     token_loss: torch.Tensor            # (K,) float32, detached, in the order of target_index
     expert_counts: torch.Tensor | None  # (L,2,E) float32, MoE: (text, image) tokens per expert
 
@@ -482,7 +483,7 @@ def adopt(model, weights, part, source):
     def shapes(named):
         return {name: tuple(tensor.shape) for name, tensor in named
                 if name.startswith("vision.") == (part == "vision")}
-    ours, theirs = shapes(model.named_parameters()), shapes(weights.items())
+    ours, theirs = shapes(model.state_dict().items()), shapes(weights.items())
     for name in ours | theirs:
         need, have = (side.get(name, "missing") for side in (ours, theirs))
         remedy = ("give the --width, --depth, --moe, --patch-size, --vision-width and "

@@ -15,7 +15,7 @@ from torch import nn
 
 class Stats(NamedTuple):
     """What one layer reports of one forward pass, padding left out."""
-    balance: torch.Tensor   # () float32, load_balancing_loss, 0 without a router
+    balance: torch.Tensor   # () float32, SUM of load_balancing_loss over tokens, 0 without a router
     counts: torch.Tensor    # (2,E) float32, number of (text, image) tokens sent to each expert
 
 
@@ -47,6 +47,9 @@ class MoE(nn.Module):
         self.w_down = weight(hidden * 2 * (layer + 1), self.experts, width, hidden)  # (E,W,F)
         if self.learned:
             self.router = weight(width, self.experts, width)                     # (E,W)
+            # slots of each expert in the whole step before, from train.py; saved, or a run that is
+            # resumed would differ in its first step
+            self.register_buffer("load", torch.ones(experts))                    # (E,)
 
     def forward(self, x, modality):
         flat, modality = x.flatten(0, 1), modality.flatten()                     # (N,W), (N,)
@@ -57,7 +60,8 @@ class MoE(nn.Module):
         # bincount would synchronise with the GPU, one_hot does not
         hot = F.one_hot(chosen, self.experts).sum(1)                             # (N,E)
         y = self.dispatch(flat, chosen, hot.sum(0), gates)                       # (N,W)
-        return y.unflatten(0, x.shape[:2]), summary(hot, probs, modality)        # (B,T,W)
+        stats = summary(hot, probs, modality, self.load if self.learned else None)
+        return y.unflatten(0, x.shape[:2]), stats                                # (B,T,W)
 
     def dispatch(self, x, chosen, load, gates):
         """Sorts the slots by expert, so that each expert runs on one contiguous slice. x (N,W),
@@ -108,26 +112,28 @@ def route(x, router, top_k):
     return gates, chosen, probs
 
 
-def summary(hot, probs, modality):
-    """hot (N,E) slots of a token at an expert, probs (N,E) or None, modality (N,) -> Stats."""
+def summary(hot, probs, modality, load):
+    """hot (N,E) slots of a token at an expert, probs (N,E) and load (E,), or None and None for
+    modality routing, modality (N,) -> Stats."""
     with torch.autocast(hot.device.type, enabled=False):  # bf16 cannot count above 256
         is_kind = torch.stack([modality == 0, modality == 1]).float()            # (2,N)
         counts = is_kind @ hot.float()                                           # (2,E)
         if probs is None:
             return Stats(counts.new_zeros(()), counts)
-        mean_prob = is_kind.sum(0) @ probs / is_kind.sum().clamp(min=1)          # (E,)
-        return Stats(load_balancing_loss(counts.sum(0), mean_prob), counts)
+        return Stats(load_balancing_loss(load, is_kind.sum(0) @ probs), counts)
 
 
-def load_balancing_loss(load, mean_prob) -> torch.Tensor:
-    """E * sum_e f_e P_e, with f_e = load_e / (tokens * K) the share of slots that expert e got and
-    P_e its mean probability (load, mean_prob (E,)). sum f = sum P = 1 whatever K is (the
-    MegaBlocks convention; others do not divide by K and get K), so the value is exactly 1.0 at
-    perfect balance and E when one expert takes all with certainty. Only P carries a gradient. The
-    value is that of one micro-batch on one rank; their mean is not that of the global batch.
-    """
-    share = load / load.sum().clamp(min=1)                                       # f (E,)
-    return len(load) * (share * mean_prob).sum()
+def load_balancing_loss(load, probs) -> torch.Tensor:
+    """E * sum_e f_e P_e, with f_e = load_e / sum(load) the share of slots that expert e got and P_e
+    its probability, summed over tokens (load, probs (E,)). sum f = 1 whatever K is (the MegaBlocks
+    convention; others do not divide by K and get K), so the value per token is exactly 1.0 at
+    perfect balance and E when one expert takes all with certainty. Only P carries a gradient.
+
+    f is that of the step before, over all ranks and micro-batches. It hardly moves from one step to
+    the next, and what is left is linear in the tokens: so the sum over micro-batches and ranks is
+    the loss of the step, however the step is divided. Had each micro-batch its own f, it would have
+    to be balanced by itself, and a run on two GPUs would not be the run on one."""
+    return len(load) / load.sum() * (load * probs).sum()
 
 
 def grouped_mm_is_fast(x, w_down):

@@ -380,7 +380,8 @@ class Trainer:
         self.stop = StopSignal()  # this process was asked to stop
         self.stopped = False  # this rank or another was, and all of them know it
         self.clock = None  # when the last step ended: in the first, torch compiles and allocates
-        self.stats = {"padding": 0, "D_vision": 0, "timed": 0, "spent": 0.0}
+        self.stats = {"padding": 0, "D_vision": 0, "targets_per_token": 0.0, "timed": 0,
+                      "spent": 0.0}
         # auto: on a CPU, compiling gains 4 % of a step for 45 s of start-up (results/speed.md)
         self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
         if self.compiled:
@@ -408,13 +409,14 @@ class Trainer:
         """The step that has just ended as a line of log.jsonl (dict); None if the loss or the
         gradient is no longer a number. A line holds nothing that depends on the machine's speed, so
         that a resumed run's log is the same, bit for bit."""
-        loss, balance, count, padding, vision, stopped = totals.tolist()
+        loss, balance, count, tokens, vision, stopped = totals.tolist()
         line = {"step": self.step - 1, "loss": loss / max(count, 1),
                 "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
         if self.run.model.moe == "learned":
-            line["load_balancing_loss"] = balance / max(count, 1)
+            line["load_balancing_loss"] = balance / max(tokens, 1)
         self.stopped = stopped > 0
-        self.stats["padding"] += int(padding)
+        self.stats["targets_per_token"] = count / max(tokens, 1)
+        self.stats["padding"] += self.run.train.tokens_per_step - int(tokens)
         self.stats["D_vision"] += int(vision)
         if self.clock:
             self.stats["timed"] += 1
@@ -613,11 +615,14 @@ def forward_and_backward(trainer, forward, batches):
     """The micro-steps of one step. Gradients of the *sum* of the token losses add up in .grad,
     because a mean over micro-batches of unequal numbers of targets would weigh their tokens
     unequally; they go between ranks with the last micro-step only. Returns (6,), over micro-steps
-    and ranks: sums of loss and load_balancing_loss, targets, padding, image positions, ranks that
-    were asked to stop. None if this process is alone and was asked to stop: then the step is done
-    again after a restart."""
-    machine, weight = trainer.machine, trainer.run.train.load_balancing_weight
+    and ranks: sums of loss and load_balancing_loss, targets, tokens (padding left out), image
+    positions, ranks that were asked to stop. None if this process is alone and was asked to stop:
+    then the step is done again after a restart."""
+    machine, loads = trainer.machine, 0
     totals = torch.zeros(6, device=machine.device)
+    # The sum of losses is divided by the targets in the end and that of balance by the tokens. Only
+    # the step before knows their ratio already.
+    weight = trainer.run.train.load_balancing_weight * trainer.stats["targets_per_token"]
     for i in range(trainer.accumulation):
         if trainer.stop.asked and machine.ranks == 1:
             return None
@@ -626,12 +631,16 @@ def forward_and_backward(trainer, forward, batches):
         with contextlib.nullcontext() if alone else forward.no_sync():
             with machine.autocast():
                 out = forward(batch)
-            balance = out.balance * out.count
-            (out.loss + weight * balance).backward()
-        seen = (out.loss.detach(), balance.detach(), out.count, (batch["doc"] == 0).sum(),
+            (out.loss + weight * out.balance).backward()
+        seen = (out.loss.detach(), out.balance.detach(), out.count, (batch["doc"] > 0).sum(),
                 (batch["patch_index"] >= 0).sum())
         for total, value in zip(totals, seen):
             total += value
+        if trainer.run.model.moe == "learned":
+            loads = loads + out.expert_counts.sum(1)                             # (L,E)
+    if trainer.run.model.moe == "learned":
+        for block, load in zip(trainer.model.blocks, machine.sum(loads)):
+            block.ffn.load.copy_(load)
     totals[5] = trainer.stop.asked
     return machine.sum(totals)
 

@@ -152,8 +152,11 @@ def test_accumulation_equals_the_big_batch(tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--fusion", "late", "--moe", "learned", "--experts", "4"]])
 def test_two_ranks_follow_one(tmp_path, flags):
-    flags = ["--tokens", "10K", "--mixture", "30-30-40", "--micro-rows", "1", *flags]
+    """At every step, and whatever rows share a micro-batch: the balance loss of experts, too, is
+    that of the whole step. A weight of 0.1 would show it sooner than the default."""
+    flags = ["--tokens", "30K", "--mixture", "30-30-40", "--load-balancing-weight", "0.1", *flags]
     trained(tmp_path / "one", *flags)
+    flags += ["--micro-rows", "1"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
               "--nproc_per_node", "2"]
     subprocess.run([*launch, *command(tmp_path / "two", *flags)[1:]], check=True,
