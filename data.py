@@ -46,7 +46,7 @@ class DataConfig:
     augment: bool = False  # RandomResizedCrop of real images (paper, App. A)
     flip: bool = False  # mirror half of them, except where the text says left or right
     val_rows: int = 64  # validation rows for each kind
-    workers: int = 0  # processes that prepare batches; 0 = inside the training process
+    workers: int = -1  # processes that prepare batches, 0 = none; -1 = 4 for a folder on CUDA
 
     def __post_init__(self):
         parts = self.mixture.split("-")
@@ -55,7 +55,7 @@ class DataConfig:
               f"--mixture {self.mixture}: need whole percentages that add up to 100, "
               f"{'-'.join(KINDS)}, as 45-45-10 or 0-0-0-100")
         check(self.val_rows >= 1, f"--val-rows {self.val_rows}: need at least 1")
-        check(self.workers >= 0, f"--workers {self.workers}: need at least 0")
+        check(self.workers >= -1, f"--workers {self.workers}: need at least -1")
 
     @property
     def shares(self):
@@ -299,6 +299,7 @@ class Packed:
         self.context, self.n_patches = context, n_patches
         self.shards = {split: Shards(cfg.data, split) for split in ("train", "val")}
         self.encoding = self.shards["train"].encoding
+        self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
         self.tokenizer = self.shards["train"].meta["tokenizer"]
 
     def kinds(self, split):
@@ -326,7 +327,7 @@ class Packed:
 
     def fill(self, kind, split, place, **crops):
         """Row `place` of a plan."""
-        row = Row(self.context, self.n_patches, self.encoding.eot_token)
+        row = self.new_row()
         shards, size = self.shards[split], self.image_size
         for i, start, stop in self.plan(kind, split).row(place):
             row.add(shards.document(kind, i, size, start, stop, **crops))
@@ -564,6 +565,8 @@ class Loader:
         starts = range(first_step * rows_per_step + rank * micro_rows, last_step * rows_per_step,
                        ranks * micro_rows)
         workers = self.cfg.workers
+        if workers < 0:  # one process prepares a third of what a GPU reads (results/speed.md)
+            workers = 4 if pin and self.cfg.data != "procedural" else 0
         # spawn, not fork, because the threads of torch and tiktoken do not survive a fork
         return iter(torch.utils.data.DataLoader(
             self, batch_sampler=(range(n, n + micro_rows) for n in starts),
@@ -573,10 +576,13 @@ class Loader:
             multiprocessing_context="spawn" if workers else None))
 
     def val_batches(self, kind, micro_rows, rank=0, ranks=1):
-        """This rank's share of the fixed validation rows of one kind."""
-        mine = range(rank, self.source.n_val(kind), ranks)
+        """This rank's share of the fixed validation rows of one kind. All ranks get the same number
+        of rows, the last perhaps an empty one, because FSDP would wait for a missing batch."""
+        n = self.source.n_val(kind)
+        mine = range(rank, -(-n // ranks) * ranks, ranks)
         for a in range(0, len(mine), micro_rows):
-            rows = [self.source.val_row(kind, n) for n in mine[a:a + micro_rows]]
+            rows = [self.source.val_row(kind, i) if i < n else self.source.new_row()
+                    for i in mine[a:a + micro_rows]]
             yield collate(rows, self.patch_size)
 
 

@@ -6,6 +6,7 @@ Dimensions: B rows, T positions of a row, W width, H heads, Hd head dim, F ffn h
 We follow section 2 of "Scaling Laws for Native Multimodal Models" (arXiv 2504.07951). Where it is
 silent (norms, positions, initial weights, heads) we follow open_lm's DCLM, the decoder it cites.
 """
+import functools
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -142,21 +143,28 @@ def attention_mask(doc, image_id):
 def block_mask(doc, image_id):
     """attention_mask for FlexAttention, which skips every block of 128 x 128 pairs without a True,
     so that documents in one row do not pay for each other. It is fast only under torch.compile."""
-    from torch.nn.attention.flex_attention import create_block_mask  # its import takes a second
     def rule(b, h, query, key):
         return may_look(query, key, doc[b, query], doc[b, key],
                         image_id[b, query], image_id[b, key])
     rows, length = doc.shape
-    return create_block_mask(rule, rows, None, length, length, device=doc.device)
+    return block_mask_maker(doc.is_cuda)(rule, rows, None, length, length, device=doc.device)
+
+
+@functools.cache
+def block_mask_maker(compiled):
+    """create_block_mask. Uncompiled it takes 8 ms of a micro-batch, and holds all pairs at once."""
+    from torch.nn.attention.flex_attention import create_block_mask  # its import takes a second
+    return torch.compile(create_block_mask) if compiled else create_block_mask
 
 
 def attend(q, k, v, mask):
-    """q, k, v (B,H,T,Hd) -> (B,H,T,Hd). mask: (B,1,T,T) bool, or float32 to be added to the logits,
-    or a BlockMask, or None = everyone may look at everything."""
+    """q, k, v (B,H,T,Hd) -> (B,H,T,Hd). mask: (B,1,T,T) bool, or to be added to the logits, or a
+    BlockMask, or None = everyone may look at everything."""
+    q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE gave fp32
     if mask is None or isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     from torch.nn.attention.flex_attention import flex_attention
-    return flex_attention(q.to(v.dtype), k.to(v.dtype), v, block_mask=mask)  # RoPE gave fp32
+    return flex_attention(q, k, v, block_mask=mask)
 
 
 def rope_table(length, head_dim, theta=10000.0):
@@ -178,8 +186,19 @@ def rotate(x, rope):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
-def norm(width):  # as in DCLM; F.rms_norm is 3 to 4 times slower on a CPU, where nothing fuses it
-    return nn.LayerNorm(width, eps=1e-5, bias=False)
+# Weights are fp32, and cast to the dtype of what they meet: bf16 on CUDA, else fp32. Autocast would
+# keep the residual stream and the norms in fp32, which is a fifth of a step on an H100.
+class Linear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Norm(nn.LayerNorm):  # as in DCLM; F.rms_norm is 3 to 4 times slower on a CPU without compiler
+    def __init__(self, width):
+        super().__init__(width, eps=1e-5, bias=False)
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), None, self.eps)
 
 
 def init_weight(weight, fan_in, layer=None):
@@ -190,7 +209,7 @@ def init_weight(weight, fan_in, layer=None):
 
 
 def linear(fan_in, fan_out, layer=None):
-    module = nn.Linear(fan_in, fan_out, bias=False)
+    module = Linear(fan_in, fan_out, bias=False)
     init_weight(module.weight, fan_in, layer)
     return module
 
@@ -201,7 +220,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = (-1, head_dim)
         self.q, self.k, self.v = (linear(width, width) for _ in range(3))
-        self.q_norm, self.k_norm = norm(width), norm(width)
+        self.q_norm, self.k_norm = Norm(width), Norm(width)
         self.out = linear(width, width, layer)
 
     def forward(self, x, mask, rope, cache=None):
@@ -240,7 +259,7 @@ class Block(nn.Module):
         super().__init__()
         self.checkpointing = cfg.checkpointing
         width, hidden = cfg.width, cfg.hidden // cfg.granularity
-        self.attention_norm, self.ffn_norm = norm(width), norm(width)
+        self.attention_norm, self.ffn_norm = Norm(width), Norm(width)
         self.attention = Attention(width, cfg.head_dim, layer)
         if cfg.moe == "none":
             self.ffn = SwiGLU(width, hidden, layer)
@@ -274,11 +293,11 @@ class VisionEncoder(nn.Module):
         init_weight(self.positions, width)
         wide = replace(cfg, width=width, heads=0, moe="none", granularity=1)
         self.blocks = nn.ModuleList(Block(wide, layer) for layer in range(cfg.encoder_depth))
-        self.norm = norm(width)
+        self.norm = Norm(width)
         self.connector = linear(width, cfg.width)
 
     def forward(self, patches):
-        x = self.patch(patches) + self.positions                                 # (I,P,Wv)
+        x = self.patch(patches) + self.positions.to(patches.dtype)               # (I,P,Wv)
         for block in self.blocks:
             x, _ = run_block(block, x)
         return self.connector(self.norm(x))                                      # (I,P,W)
@@ -304,23 +323,23 @@ class Model(nn.Module):
         late = cfg.fusion == "late"
         self.vision = VisionEncoder(cfg) if late else linear(cfg.patch_dim, cfg.width)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
-        self.norm = norm(cfg.width)
+        self.norm = Norm(cfg.width)
         # only weights that are not tied to the embedding reproduce the paper's counts
         self.head = linear(cfg.width, cfg.vocab_size)
-        self.flex = False  # train.py sets it on CUDA: FlexAttention instead of a dense mask
+        # train.py sets both on CUDA: FlexAttention instead of a dense mask; activations in bf16
+        self.flex, self.dtype = False, torch.float32
         self.register_buffer("rope", rope_table(cfg.context, cfg.head_dim), persistent=False)
 
     def embed(self, batch):
         """-> (B,T,W): the patch's embedding at patches, the token's elsewhere. Both always run (a
         text-only batch has a dummy image), because DDP would wait for a missing gradient."""
-        tokens = self.embedding(batch["tokens"])                                 # (B,T,W)
+        tokens = gather(self.embedding.weight, batch["tokens"]).to(self.dtype)   # (B,T,W)
         if "images" not in batch:  # generate() past its prompt
             return tokens
-        pixels = batch["images"].float() / 127.5 - 1                             # (I,P,patch_dim)
+        pixels = (batch["images"].float() / 127.5 - 1).to(self.dtype)            # (I,P,patch_dim)
         patches = self.vision(pixels).flatten(0, 1)                              # (I*P,W)
         at = batch["patch_index"]
-        # the backward pass of F.embedding is far faster than that of patches[at]
-        patches = F.embedding(at.clamp(min=0), patches)                          # (B,T,W)
+        patches = gather(patches, at.clamp(min=0))                               # (B,T,W)
         return torch.where((at >= 0)[..., None], patches, tokens)
 
     def build_mask(self, batch, dense):
@@ -330,7 +349,7 @@ class Model(nn.Module):
             return block_mask(doc, image_id)
         mask = attention_mask(doc, image_id)                                     # (B,1,T,T)
         if mask.device.type == "cpu":  # or every layer would turn bools into numbers again
-            mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+            mask = torch.zeros(mask.shape, dtype=self.dtype).masked_fill(~mask, -math.inf)
         return mask
 
     def decode(self, batch, caches=None, start=0):
@@ -352,13 +371,13 @@ class Model(nn.Module):
         """Next-token loss on text targets only (paper 2.1): logits exist only where needed."""
         x, stats = self.decode(batch)
         at = batch["target_index"]                                               # (K,)
-        x = F.embedding(at, x.flatten(0, 1))                                     # (K,W)
-        token_loss = head_loss(x, self.head.weight, batch["targets"].flatten()[at])
+        x, targets = gather(x.flatten(0, 1), at), batch["targets"].flatten()[at]  # (K,W), (K,)
+        loss, token_loss = head_loss(x, self.head.weight, targets)
         balance, counts = token_loss.new_zeros(()), None
         if self.cfg.moe != "none":
             balance = torch.stack([s.balance for s in stats]).mean()
             counts = torch.stack([s.counts for s in stats])                      # (L,2,E)
-        return Output(token_loss.sum(), len(at), balance, token_loss.detach(), counts)
+        return Output(loss, len(at), balance, token_loss, counts)
 
     def num_params(self):
         """N is the count that reproduces the paper's sizes: the matrices of the decoder blocks (of
@@ -381,17 +400,82 @@ class Model(nn.Module):
         return 6 * (n["N_vision"] * D_vision + n["N"] * D)
 
 
-def head_loss(x, weight, targets, max_logits=2 ** 26):
-    """x (K,W), weight (V,W), targets (K,) int64 -> (K,) float32 losses, nats. Above K * V =
-    max_logits it works in chunks and computes their logits again in the backward pass. Otherwise,
-    at V = 50432, logits, softmax and gradient would be the largest tensors of a micro-batch."""
-    def loss(x, targets):
-        return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
+def on_meta(cfg):
+    """A Model of this config whose parameters have shapes but no memory, to count."""
+    with torch.device("meta"):
+        return Model(cfg)
+
+
+def training_memory(cfg, ranks=1, shard=False):
+    """Bytes on a GPU (bf16 activations): whatever the micro-batch is, and for each of its rows.
+
+    A parameter has 4 bytes of weight, 4 of gradient and 8 of Adam's moments, and 2 of its copy in
+    bf16, which the backward pass needs. FSDP divides the 16 by the ranks, and gathers embedding,
+    head and two blocks at a time, with their gradients. The head has 14 bytes for each logit of a
+    chunk. Activations: 24 bytes for each token, layer and unit of width and 6 for each unit of ffn
+    hidden; with checkpointing the input of each layer and one layer in full. These are estimates
+    from reading the code (an encoder's share of positions is taken as 3/4); see tools.check."""
+    model, width, depth = on_meta(cfg), cfg.width, cfg.depth
+    total, words = model.num_params()["N_total"], cfg.vocab_size * width
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    fixed = 16 * total / ranks + 8 * (2 * words + 2 * block) if shard else 18 * total
+    fixed += 14 * 2 ** 27 + 6 * words
+    ffn = 6 * cfg.hidden * (cfg.top_k / cfg.granularity if cfg.moe == "learned" else 1)
+    layer = 24 * width + ffn + (8 * cfg.top_k * width if cfg.moe != "none" else 0)
+    vision = 0.75 * 40 * cfg.encoder_width * cfg.encoder_depth if cfg.fusion == "late" else 0
+    if cfg.checkpointing:
+        layers, vision = 1.4 * layer + 4 * depth * width, vision / 10
+    else:
+        layers = depth * layer
+    return fixed, cfg.context * (16 * width + layers + vision)
+
+
+def gather(table, index):
+    """table (N,W), index int64 of any shape (...) -> its rows (...,W)."""
+    if table.is_cuda:  # F.embedding's backward has a race there (pytorch pull request 187687)
+        return table.index_select(0, index.flatten()).unflatten(0, index.shape)
+    return F.embedding(index, table)  # on a CPU its backward is far faster than that of table[index]
+
+
+def head_loss(x, weight, targets, max_logits=2 ** 27):
+    """x (K,W), weight (V,W), targets (K,) int64 -> sum () and losses (K,), detached, float32 nats.
+    Above K * V = max_logits it works in chunks."""
     rows = max(1, max_logits // weight.shape[0])
-    if len(x) <= rows:
-        return loss(x, targets)
-    return torch.cat([checkpoint(loss, a, b, use_reentrant=False)
-                      for a, b in zip(x.split(rows), targets.split(rows))])
+    if len(x) > rows:
+        return ChunkedHead.apply(x, weight, targets, rows)
+    logits = F.linear(x, weight.to(x.dtype)).float()                             # (K,V)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses.sum(), losses.detach()
+
+
+class ChunkedHead(torch.autograd.Function):
+    """head_loss, `rows` targets at a time. Otherwise, at V = 50432, logits, softmax and gradient
+    would be the largest tensors of a micro-batch. The gradients are computed in the forward pass,
+    while the logits are there, and the weight's are summed in fp32: a sum of 64 chunks in bf16 was
+    wrong by 1 % (measured)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, rows):
+        w, losses, grad_x = weight.to(x.dtype), [], torch.empty_like(x)
+        grad_w = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(x), rows):
+            part, target = x[start:start + rows], targets[start:start + rows]
+            logits = F.linear(part, w).float()                                   # (rows,V)
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
+            grad = logits.softmax(-1)
+            grad[torch.arange(len(part), device=x.device), target] -= 1
+            grad = grad.to(x.dtype)                                              # (rows,V)
+            grad_x[start:start + rows] = grad @ w
+            grad_w += grad.T @ part
+        ctx.save_for_backward(grad_x, grad_w)
+        losses = torch.cat(losses)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad * grad_x, grad * grad_w, None, None
 
 
 @torch.inference_mode()  # a sixth faster than no_grad for a small model

@@ -70,10 +70,7 @@ class MoE(nn.Module):
         order = chosen.flatten().argsort(stable=True)                            # (S,) slot ids
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=x.device)                 # the inverse
-        weights = self.w_gate, self.w_up, self.w_down
-        if torch.is_autocast_enabled(x.device.type):  # autocast knows linear but not grouped_mm
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, *weights = (tensor.to(dtype) for tensor in (x, *weights))
+        weights = [weight.to(x.dtype) for weight in (self.w_gate, self.w_up, self.w_down)]
         slots = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1)              # (S,W)
         slots = Reorder.apply(slots, order, place)                               # by expert
         fast = grouped_mm_is_fast(slots, weights[-1])
@@ -81,7 +78,7 @@ class MoE(nn.Module):
         slots = run_experts(slots, *weights, load)                               # (S,W)
         slots = Reorder.apply(slots, place, order).unflatten(0, chosen.shape)    # (N,K,W)
         if gates is not None:
-            slots = slots * gates[:, :, None]
+            slots = slots * gates[:, :, None].to(x.dtype)
         return slots.sum(1)                                                      # (N,W)
 
 
@@ -103,8 +100,7 @@ class Reorder(torch.autograd.Function):
 def route(x, router, top_k):
     """x (N,W), router (E,W) -> gates (N,K) fp32, chosen (N,K) int64, probs (N,E) fp32. In bf16
     nearly equal experts would tie, and the choice between them would be noise."""
-    with torch.autocast(x.device.type, enabled=False):
-        probs = F.linear(x.float(), router.float()).softmax(-1)                  # (N,E)
+    probs = F.linear(x.float(), router.float()).softmax(-1)                      # (N,E)
     if top_k == 1:  # max is several times faster than topk on a CPU
         gates, chosen = probs.max(-1, keepdim=True)                              # (N,1)
     else:
@@ -115,12 +111,11 @@ def route(x, router, top_k):
 def summary(hot, probs, modality, load):
     """hot (N,E) slots of a token at an expert, probs (N,E) and load (E,), or None and None for
     modality routing, modality (N,) -> Stats."""
-    with torch.autocast(hot.device.type, enabled=False):  # bf16 cannot count above 256
-        is_kind = torch.stack([modality == 0, modality == 1]).float()            # (2,N)
-        counts = is_kind @ hot.float()                                           # (2,E)
-        if probs is None:
-            return Stats(counts.new_zeros(()), counts)
-        return Stats(load_balancing_loss(load, is_kind.sum(0) @ probs), counts)
+    is_kind = torch.stack([modality == 0, modality == 1]).float()                # (2,N)
+    counts = is_kind @ hot.float()                                               # (2,E)
+    if probs is None:
+        return Stats(counts.new_zeros(()), counts)
+    return Stats(load_balancing_loss(load, is_kind.sum(0) @ probs), counts)
 
 
 def load_balancing_loss(load, probs) -> torch.Tensor:

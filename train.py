@@ -32,16 +32,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DataConfig, Loader, check, patchify, vocab_size
 from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_checkpoint,
-                   read_weights, split_heads)
+                   read_weights, split_heads, training_memory)
 
 # Fields that say how or where a run is computed, not what: they are no part of its identity.
 HOW = ("out", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device", "compile",
-       "workers", "checkpointing")
+       "shard", "workers", "checkpointing")
 SIZES = {**PRESETS, "laptop": dict(width=64, depth=4, context=256, image_size=32, patch_size=8,
                                    tokens_per_step=1024)}
 
@@ -69,6 +72,7 @@ class TrainConfig:
     save_every: int = 500  # steps between checkpoints
     device: str = "auto"  # auto, cpu, cuda, mps
     compile: str = "auto"  # auto = on CUDA only; on, off
+    shard: bool = False  # FSDP2: weights and optimizer divided over the ranks, for large models
 
     def __post_init__(self):
         check(self.preset in SIZES, f"--preset {self.preset}: need one of {', '.join(SIZES)}")
@@ -280,8 +284,8 @@ class Machine:
               f"--device {name}: torch sees none here; need auto or {' or '.join(usable)}")
         if name == "cuda":
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if name.startswith("cuda"):
             torch.cuda.set_device(name)
-            torch.set_float32_matmul_precision("high")
         if "RANK" in os.environ:
             dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
         return Machine(torch.device(name), int(os.environ.get("RANK", 0)),
@@ -291,11 +295,17 @@ class Machine:
     def is_cuda(self):
         return self.device.type == "cuda"
 
-    def autocast(self):
-        """bf16 on CUDA; fp32 elsewhere (bf16 is emulated, and 7 times slower, on most CPUs)."""
+    @property
+    def dtype(self):
+        """Of activations. bf16 is emulated, and 7 times slower than fp32, on most CPUs."""
         if self.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.autocast("cuda", torch.bfloat16)
-        return contextlib.nullcontext()
+            return torch.bfloat16
+        return torch.float32
+
+    @property
+    def memory(self):
+        """Bytes of the GPU; 0 on a CPU, where the micro-batch does not depend on it."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.is_cuda else 0
 
     def sum(self, tensor):
         """Sum over ranks."""
@@ -310,6 +320,11 @@ class Machine:
         if self.ranks > 1:
             dist.broadcast_object_list(box)
         return box[0]
+
+    def wait(self):
+        """For all ranks to come here."""
+        if self.ranks > 1:
+            dist.barrier()
 
     def say(self, text):
         """Prints a line once, not once for each rank."""
@@ -371,8 +386,16 @@ class Trainer:
         self.family = [other for other in runs if other.identity() == run.identity()]
         self.rows, self.accumulation = divide_step(run, machine)
         torch.manual_seed(run.train.seed)  # the same weights on every rank and device
-        self.model = Model(run.model).to(machine.device)
-        self.optimizer = make_optimizer(self.model, run.train, machine)
+        self.model = Model(run.model)
+        self.adopt_weights()
+        self.model.to(machine.device)
+        self.model.dtype = machine.dtype
+        # auto: on a CPU, compiling gains 4 % of a step for 45 s of start-up (results/speed.md)
+        self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
+        if self.compiled:
+            compile_blocks(self.model, machine)
+        self.forward = distribute(self.model, run.train.shard, machine)
+        self.optimizer = make_optimizer(self.model, run.train, machine)  # of what sharding leaves
         self.loader = Loader(run.data, run.train.seed, run.model.context, run.model.image_size,
                              run.model.patch_size)
         data = {**asdict(run.data), "tokenizer": self.loader.source.tokenizer}
@@ -382,10 +405,6 @@ class Trainer:
         self.clock = None  # when the last step ended: in the first, torch compiles and allocates
         self.stats = {"padding": 0, "D_vision": 0, "targets_per_token": 0.0, "timed": 0,
                       "spent": 0.0}
-        # auto: on a CPU, compiling gains 4 % of a step for 45 s of start-up (results/speed.md)
-        self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
-        if self.compiled:
-            compile_blocks(self.model, machine)
         if machine.is_cuda:
             torch.cuda.reset_peak_memory_stats(machine.device)
 
@@ -430,42 +449,52 @@ class Trainer:
         self.clock = time.perf_counter()  # so that evaluations do not count as training
 
     def save(self, name):
-        """Writes ckpt.pt, from which the run goes on, or trunk.pt, from which longer runs do."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "step": self.step, "stats": self.stats, "config": self.config}
+        """Writes ckpt.pt, from which the run goes on, or trunk.pt, from which longer runs do. It is
+        the same file whether one process, DDP or FSDP writes it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=self.run.train.shard)
+        weights, moments = get_state_dict(self.model, self.optimizer, options=options)
+        state = {"model": weights, "optimizer": moments, "step": self.step, "stats": self.stats,
+                 "config": self.config}
         if self.machine.rank == 0:
             with open(self.run.folder / "log.jsonl", "rb+") as file:
                 os.fsync(file.fileno())  # first, so that it covers every step of the checkpoint
             write_whole(self.run.folder / name, lambda path: torch.save(state, path))
+        self.machine.wait()  # torchrun would end rank 0 while it writes, if another rank were gone
 
     def restore(self, path):
         """Takes over the state of a checkpoint and the log beside it. They may belong to another
-        budget, because the first steps of the trunk are this run's too."""
-        parts = ("model", "optimizer", "step", "stats", "config")
-        weights, optimizer, self.step, self.stats, config = read_checkpoint(
-            path, lambda saved: [saved[part] for part in parts])
-        ours, theirs = self.run.identity(), ChainMap(*config.values())
-        changed = [k for k in ours if theirs.get(k) != ours[k]]
-        check(not changed, f"{path} was trained with another {', '.join(changed)}; choose another "
-              "--out, or delete it")
-        self.model.load_state_dict(weights)
-        self.optimizer.load_state_dict(optimizer)
+        budget, because the first steps of the trunk are this run's too. Only rank 0 reads, because
+        other machines need not have the file."""
+        weights, moments = {}, {}
         if self.machine.rank == 0:
+            parts = ("model", "optimizer", "step", "stats", "config")
+            weights, moments, self.step, self.stats, config = read_checkpoint(
+                path, lambda saved: [saved[part] for part in parts])
+            ours, theirs = self.run.identity(), ChainMap(*config.values())
+            changed = [k for k in ours if theirs.get(k) != ours[k]]
+            check(not changed, f"{path} was trained with another {', '.join(changed)}; choose "
+                  "another --out, or delete it")
             log = path.with_name("log.jsonl").read_text(encoding="utf-8").splitlines(True)
             kept = "".join(log[:self.step])  # a line for each step; what came later is done again
             write_whole(self.run.folder / "log.jsonl", lambda path: path.write_text(kept, "utf-8"))
+        self.step, self.stats = self.machine.share((self.step, self.stats))
+        options = StateDictOptions(full_state_dict=True,
+                                   broadcast_from_rank0=self.machine.ranks > 1)
+        set_model_state_dict(self.model, weights, options=options)
+        set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
 
     def begin(self):
         """Starts from the run's own checkpoint, else from the longest trunk of its family, else
-        from fresh or given weights."""
+        from fresh or given weights. Rank 0 decides, because ranks on other machines could see
+        other files, and would train on at another step without a word."""
         run = self.run
         run.folder.mkdir(parents=True, exist_ok=True)
         trunks = [other.folder / "trunk.pt" for other in self.family if other.branch <= run.branch]
-        for path in (run.folder / "ckpt.pt", *reversed(trunks)):  # runs come the shortest first
-            if path.exists():
-                return self.restore(path)
-        self.adopt_weights()
-        if self.machine.rank == 0:  # a log without a checkpoint: killed before the first one
+        found = [path for path in (run.folder / "ckpt.pt", *reversed(trunks)) if path.exists()]
+        path = self.machine.share(found[:1])  # runs come the shortest first
+        if path:
+            self.restore(path[0])
+        elif self.machine.rank == 0:  # a log without a checkpoint: killed before the first one
             (run.folder / "log.jsonl").write_text("", encoding="utf-8")
 
     def adopt_weights(self):
@@ -480,6 +509,20 @@ class Trainer:
             else:
                 check(not self.run.train.init_vision,
                       f"--init-vision {path}: not a run of late fusion")
+
+
+def distribute(model, shard, machine):
+    """-> the module to call in training. DDP holds the model on each rank. FSDP2 (shard) divides
+    weights, gradients and moments, and gathers each block when it runs: for what DDP cannot hold.
+    Inputs keep their dtype, because RoPE's angles in bf16 would not tell positions apart."""
+    if shard:
+        check(machine.ranks > 1, "--shard divides a model over several GPUs: start it with torchrun")
+        policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
+        for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:
+            fully_shard(module, mp_policy=policy)
+    elif machine.ranks > 1:
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)  # saves a copy of them
+    return model
 
 
 def make_optimizer(model, cfg, machine):
@@ -512,36 +555,55 @@ def rate_at(step, run):
 
 def divide_step(run, machine):
     """(rows of a micro-batch, micro-steps). Rows are the most that divide the rank's share of a
-    step and fit in memory by a rough rule, about 40 bytes of activations for each token, layer and
-    unit of width."""
+    step and fit in memory."""
     rows, context = run.train.tokens_per_step // run.model.context, run.model.context
     check(rows % machine.ranks == 0, f"{rows} rows a step cannot be shared by {machine.ranks} "
           f"ranks: make --tokens-per-step a multiple of {machine.ranks * context}")
     share = rows // machine.ranks
-    layers = 2 if run.model.checkpointing else run.model.depth
-    # a CPU's cache likes it small, and 2 GB of fp32 activations are enough
-    limit = int(min(8192, 2e9 / (160 * run.model.width * layers))) // context
-    if machine.is_cuda:
-        memory = torch.cuda.get_device_properties(machine.device).total_memory
-        limit = int(0.4 * memory / (40 * run.model.width * layers * context))
-    wanted = max(1, run.train.micro_rows or limit)
-    micro_rows = max(n for n in range(1, share + 1) if share % n == 0 and n <= wanted)
+    if run.train.micro_rows:
+        limit = run.train.micro_rows
+    elif machine.memory:
+        limit = rows_that_fit(run.model, machine, run.train.shard)
+        check(limit >= 1, f"{run.name} does not fit in {machine.memory / 1e9:.0f} GB: "
+              + what_would_fit(run, machine))
+    else:  # a CPU's cache likes it small, and 2 GB of fp32 activations are enough
+        layers = 2 if run.model.checkpointing else run.model.depth
+        limit = int(min(8192, 2e9 / (160 * run.model.width * layers))) // context
+    micro_rows = max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, limit))
     return micro_rows, share // micro_rows
+
+
+def rows_that_fit(model, machine, shard):
+    """Rows of a micro-batch in 0.92 of the GPU's memory; the rest is the allocator's and CUDA's."""
+    fixed, row = training_memory(model, machine.ranks, shard)
+    return int((0.92 * machine.memory - fixed) // row)
+
+
+def what_would_fit(run, machine):
+    """Advice for a model that is too large: flags, then more GPUs, with which it would fit."""
+    saving = replace(run.model, checkpointing=True)
+    ways = {"--checkpointing": (saving, machine, run.train.shard)}
+    for ranks in (machine.ranks, 8, 64):
+        many = replace(machine, ranks=ranks)
+        if ranks > 1:
+            ways |= {f"--shard on {ranks} GPUs": (run.model, many, True),
+                     f"--shard --checkpointing on {ranks} GPUs": (saving, many, True)}
+    fit = [way for way, settings in ways.items() if rows_that_fit(*settings) >= 1]
+    return f"it would with {fit[0]}" if fit else "take a smaller --preset"
 
 
 @torch.no_grad()
 def evaluate(trainer):
     """{loss_caption, ..., loss, floor_caption, ...}: text cross-entropy in nats a token over the
     fixed validation rows of each kind, and the mean over kinds (section 1.1). Each rank reads its
-    share; the model is not wrapped in DDP, so that ranks may differ in their number of batches."""
+    share."""
     machine, loader, kinds, result = trainer.machine, trainer.loader, trainer.loader.val_kinds(), {}
     names = ("loss", "floor") if loader.source.knows_floor else ("loss",)
     trainer.model.eval()
     for kind in kinds:
         total = torch.zeros(3, dtype=torch.float64)  # loss, floor, targets
         for batch in loader.val_batches(kind, trainer.rows, machine.rank, machine.ranks):
-            with machine.autocast():
-                loss = trainer.model(to_device(batch, machine)).token_loss.cpu().double().sum()
+            loss = trainer.model(to_device(batch, machine)).token_loss.cpu().double().sum()
             total += torch.tensor([loss, batch["nll"].double().sum(), len(batch["nll"])])
         *sums, count = machine.sum(total).tolist()
         result |= {f"{name}_{kind}": value / max(count, 1) for name, value in zip(names, sums)}
@@ -558,9 +620,6 @@ def train(trainer):
     """Trains to the last step; returns ok, diverged or stopped. The order is nanoGPT's."""
     run, machine, cfg = trainer.run, trainer.machine, trainer.run.train
     trainer.describe()
-    forward = trainer.model
-    if machine.ranks > 1:
-        forward = DistributedDataParallel(trainer.model)
     batches = trainer.loader.train_batches(
         trainer.step, run.steps, cfg.tokens_per_step // run.model.context, trainer.rows,
         machine.rank, machine.ranks, machine.is_cuda)
@@ -575,7 +634,7 @@ def train(trainer):
                 group["lr"] = group["peak"] * rate_at(trainer.step, run)
 
             # micro-steps
-            totals = forward_and_backward(trainer, forward, batches)
+            totals = forward_and_backward(trainer, batches)
             if totals is None:
                 trainer.save("ckpt.pt")
                 return "stopped"
@@ -586,6 +645,8 @@ def train(trainer):
             torch._foreach_mul_(grads, machine.ranks / totals[2].clamp(min=1))
             norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(),
                                                   cfg.grad_clip or math.inf)
+            if cfg.shard:
+                norm = norm.full_tensor()
             trainer.optimizer.step()
             trainer.optimizer.zero_grad(set_to_none=True)
             trainer.step += 1
@@ -611,7 +672,7 @@ def train(trainer):
     return "ok"
 
 
-def forward_and_backward(trainer, forward, batches):
+def forward_and_backward(trainer, batches):
     """The micro-steps of one step. Gradients of the *sum* of the token losses add up in .grad,
     because a mean over micro-batches of unequal numbers of targets would weigh their tokens
     unequally; they go between ranks with the last micro-step only. Returns (6,), over micro-steps
@@ -627,10 +688,10 @@ def forward_and_backward(trainer, forward, batches):
         if trainer.stop.asked and machine.ranks == 1:
             return None
         batch = to_device(next(batches), machine)
-        alone = machine.ranks == 1 or i == trainer.accumulation - 1
-        with contextlib.nullcontext() if alone else forward.no_sync():
-            with machine.autocast():
-                out = forward(batch)
+        # FSDP sends gradients every time, because nobody could hold them whole
+        wait = i < trainer.accumulation - 1 and hasattr(trainer.forward, "no_sync")
+        with trainer.forward.no_sync() if wait else contextlib.nullcontext():
+            out = trainer.forward(batch)
             (out.loss + weight * out.balance).backward()
         seen = (out.loss.detach(), out.balance.detach(), out.count, (batch["doc"] > 0).sum(),
                 (batch["patch_index"] >= 0).sum())
@@ -650,6 +711,9 @@ def compile_blocks(model, machine):
     changing number of targets recompiles nothing. On CUDA FlexAttention comes with it, which needs
     compiled blocks (`python -m tools.check` compares it with the dense mask)."""
     torch.compiler.reset()  # otherwise a later budget finds the cache full and runs uncompiled
+    # All blocks share one cache, and late fusion has 6 graphs (encoder, decoder; training, not).
+    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.optimize_ddp = False  # it would cut each block where DDP's buckets end
     for module in model.modules():
         if isinstance(module, Block):
             module.compile()

@@ -163,15 +163,40 @@ def test_loss_is_the_sum_over_text_targets():
 def test_chunked_loss_equals_plain(rows):
     torch.manual_seed(0)
     x, weight = torch.randn(7, 16), torch.randn(29, 16)
-    targets, pull = torch.randint(29, (7,)), torch.randn(7)
-    results = []
+    targets, results = torch.randint(29, (7,)), []
     for limit in (10 ** 9, rows * 29):
         a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = head_loss(a, w, targets, limit)
-        (loss * pull).sum().backward()
-        results.append((loss.detach(), a.grad, w.grad))
+        loss, losses = head_loss(a, w, targets, limit)
+        (3 * loss).backward()
+        results.append((loss.detach(), losses, a.grad, w.grad))
     for plain, chunked in zip(*results):
         assert torch.allclose(plain, chunked, atol=1e-5)
+
+
+def test_the_heads_gradient_does_not_get_worse_with_chunks():
+    """In bf16 and 64 chunks, against fp64. Summed in bf16 it would be wrong by 1 %."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(512, 64), torch.randn(96, 64) / 8, torch.randint(96, (512,))
+    exact = weight.double().requires_grad_()
+    F.cross_entropy(x.bfloat16().double() @ exact.T, targets, reduction="sum").backward()
+    w = weight.clone().requires_grad_()
+    head_loss(x.bfloat16(), w, targets, 8 * 96)[0].backward()
+    assert (w.grad - exact.grad).norm() / exact.grad.norm() < 0.004
+
+
+@every_kind
+def test_bf16_activations_change_little(kind):
+    """As on CUDA: weights fp32, activations bf16. Loss and gradients stay near those of fp32."""
+    model, batch = build(**kind), make_batch(tiny(), ROWS)
+    plain, expected = gradients(model, batch)
+    model.dtype = torch.bfloat16
+    out, found = gradients(model, batch)
+    assert out.loss.dtype == torch.float32
+    assert out.loss.item() == pytest.approx(plain.loss.item(), rel=0.01)
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    found, expected = (torch.cat([g.flatten() for g in by_name.values()])
+                       for by_name in (found, expected))
+    assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 @every_kind

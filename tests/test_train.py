@@ -150,25 +150,6 @@ def test_accumulation_equals_the_big_batch(tmp_path):
     assert whole.keys() == parts.keys()
 
 
-@pytest.mark.parametrize("flags", [[], ["--fusion", "late", "--moe", "learned", "--experts", "4"]])
-def test_two_ranks_follow_one(tmp_path, flags):
-    """At every step, and whatever rows share a micro-batch: the balance loss of experts, too, is
-    that of the whole step. A weight of 0.1 would show it sooner than the default."""
-    flags = ["--tokens", "30K", "--mixture", "30-30-40", "--load-balancing-weight", "0.1", *flags]
-    trained(tmp_path / "one", *flags)
-    flags += ["--micro-rows", "1"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-              "--nproc_per_node", "2"]
-    subprocess.run([*launch, *command(tmp_path / "two", *flags)[1:]], check=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    single, double = log(one(tmp_path / "one")), log(one(tmp_path / "two"))
-    for a, b in zip(single, double, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-    a, b = (next(iter(train.finished(tmp_path / n).values())) for n in ("one", "two"))
-    assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-    assert (a["D_vision"], a["padding"]) == (b["D_vision"], b["padding"])
-
-
 # -- schedule and results --------------------------------------------------------------------------
 
 

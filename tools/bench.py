@@ -45,15 +45,17 @@ from tqdm import tqdm
 import data
 import model as model_file
 import train
-from model import Model, Output, ffn_hidden, generate, prompt_batch
+from model import (Model, Output, ffn_hidden, generate, on_meta, prompt_batch,
+                   training_memory)
 from tools import need, usable_cores
 from tools.pack import pack
-from tools.sizes import training_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"1M": dict(width=128, depth=5, heads=4), "5M": dict(width=256, depth=6, heads=4),
          "20M": dict(width=512, depth=6, heads=8)}
-GPU_STEP = {"tokens_per_step": 16 * 1024}  # 16 rows of the paper's context
+# 16 rows of the paper's context, 8 times a step, so that clipping and AdamW cost what they cost in
+# a real run
+GPU_STEP = {"tokens_per_step": 8 * 16 * 1024, "micro_rows": 16}
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # published dense bf16 FLOP/s
 GPU_MARKS = {
     "gpu275m": {"275m early": ">= 0.45", "275m late": ">= 0.45", "275m MoE": ">= 0.40",
@@ -203,7 +205,7 @@ def trainee(machine, given, kind=Model):
 
 def step(trainer, batch):
     """One training step as in train.train: forward, backward, clip, AdamW."""
-    totals = train.forward_and_backward(trainer, trainer.model, iter([batch]))
+    totals = train.forward_and_backward(trainer, iter([batch] * trainer.accumulation))
     grads = [p.grad for p in trainer.model.parameters()]
     torch._foreach_mul_(grads, 1 / totals[2].clamp(min=1))
     torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.run.train.grad_clip)
@@ -226,9 +228,8 @@ def causal_only():
 
 
 def make_batches(trainer, n=4):
-    """n batches of one step: the loader's for a laptop, random ones for the paper's sizes."""
-    run = trainer.run
-    rows = run.train.tokens_per_step // run.model.context
+    """n micro-batches: the loader's for a laptop, random ones for the paper's sizes."""
+    run, rows = trainer.run, trainer.rows
     batches = trainer.loader.train_batches(0, n, rows, rows)
     if run.train.preset != "laptop":
         batches = (random_batch(run.model, rows, np.random.default_rng(i)) for i in range(n))
@@ -265,9 +266,11 @@ def compare(bench, size, kinds, rounds, marks, ratios=(), extra=None, note=""):
                              **{name: partial(work, name=name) for name in trainers}}, rounds)
     gpu = torch.cuda.get_device_name() if bench.machine.is_cuda else ""
     rate = next((peak for key, peak in PEAKS.items() if key in gpu), 2 * side**3 / took["gemm"])
-    tokens, order = batches[0]["tokens"].numel(), np.arange(bench.rounds(rounds)) % 4
-    counts = [(tokens, len(batch["images"]), len(batch["target_index"])) for batch in batches]
-    flops = {name: np.array([step_flops(trainer.run.model, *n) for n in counts])[order]
+    often = next(iter(trainers.values())).accumulation
+    tokens, order = often * batches[0]["tokens"].numel(), np.arange(bench.rounds(rounds)) % 4
+    counts = [(batch["tokens"].numel(), len(batch["images"]), len(batch["target_index"]))
+              for batch in batches]
+    flops = {name: often * np.array([step_flops(trainer.run.model, *n) for n in counts])[order]
              for name, trainer in trainers.items()}
     if "late" in trainers:
         took["early FLOPs"] = took["early"] * flops["late"] / flops["early"]
@@ -569,8 +572,7 @@ def scaling(bench):
     step, beside the backward pass (2/3 of the time) of the last micro-batch of 16 rows."""
     n, link, micro = 8, 450e9, 16 * 1024
     cfg = config_of({"preset": "932m"})
-    with torch.device("meta"):
-        size = 4 * Model(cfg).num_params()["N_total"]
+    size = 4 * on_meta(cfg).num_params()["N_total"]
     talk, token = size * 2 * (n - 1) / n / link, typical_flops(cfg) / (0.55 * PEAKS["H100"])  # s
     work, hidden = 2048 * 1024 / n * token, micro * token * 2 / 3
     yield Row("DDP scaling on paper, 932m on 8 H100s", work / (work + max(0, talk - hidden)),
@@ -595,12 +597,11 @@ def gpu_275m(bench):
 
 
 def gpu_memory(bench):
-    """Peaks with checkpointing beside the arithmetic of tools.sizes. That they are measured at all
+    """Peaks with checkpointing beside the arithmetic of model.py. That they are measured at all
     shows that a step fits."""
     for preset in ("275m", "3.35b"):
         given = {"preset": preset, "checkpointing": True, **GPU_STEP}
-        with torch.device("meta"):
-            whole, _, row = training_memory(Model(config_of(given)))
+        whole, row = training_memory(config_of(given))
         peak = in_child(peak_of_steps, bench.machine, given) * 2**20
         yield Row(f"{preset} peak memory / arithmetic", peak / (whole + 16 * row), "<= 1.25",
                   f"{peak / 1e9:.1f} GB with checkpointing, 16 rows")

@@ -12,35 +12,12 @@ Both take the flags of train.py too.
 import bisect
 from dataclasses import replace
 
-import torch
-
 from data import Loader, check
-from model import PRESETS, Model, ModelConfig
+from model import PRESETS, ModelConfig, on_meta, training_memory
 from tools.sweep import parse_grid
 from train import SIZES, Parser
 
 IMAGE_SHARE = 0.544  # of the tokens of the paper's 45-45-10 mixture (D_v / D, App. C.2)
-
-
-def on_meta(cfg):
-    """A Model of this config whose parameters have shapes but no memory."""
-    with torch.device("meta"):
-        return Model(cfg)
-
-
-def training_memory(model):
-    """Bytes on a GPU with DDP, with FSDP over 8, and of each row of the micro-batch beside them.
-
-    An estimate, of which only the first term is sharp. DDP: 16 bytes a parameter (fp32 weight and
-    gradient, two moments of Adam) and 14 for each of the 2^26 logits that head_loss allows. FSDP:
-    an eighth of the 16, one whole block in bf16, the logits. A row, with --checkpointing: for each
-    token and unit of width, 4 bytes in every block (its fp32 input) and 54 in the one recomputed
-    (counted in bf16 without torch.compile, which needs less). Left out: DDP's buckets (up to 4
-    bytes a parameter), copies of routed tokens, the gaps of the allocator, CUDA itself."""
-    cfg, total, logits = model.cfg, model.num_params()["N_total"], 14 * 2 ** 26
-    block = sum(p.numel() for p in model.blocks[0].parameters())
-    row = 54 * cfg.width + 4 * cfg.depth * (cfg.width + IMAGE_SHARE * cfg.vision_width)
-    return 16 * total + logits, 2 * total + 2 * block + logits, cfg.context * row
 
 
 def print_sizes():
@@ -54,7 +31,8 @@ def print_sizes():
             cfg = ModelConfig(**{k: v for k, v in sizes.items() if k != "lr"}, moe=moe)
             model = on_meta(cfg)
             n, flops = model.num_params(), model.flops(1, IMAGE_SHARE)
-            numbers = (n["N"], n["N_vision"], n["N_total"], flops, *training_memory(model),
+            (whole, row), (divided, _) = training_memory(cfg), training_memory(cfg, 8, True)
+            numbers = (n["N"], n["N_vision"], n["N_total"], flops, whole, divided, row,
                        *(budget / flops for budget in (1e20, 1e21, 1e22)))
             kind = cfg.fusion + " moe" * (moe != "none")
             line = "{:6}{:10}{:5}{:6}{:7.3f}{:7.3f}{:8.3f}{:7.3f}{:7.1f}{:7.1f}{:6.2f}"

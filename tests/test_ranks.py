@@ -1,0 +1,239 @@
+"""The CUDA and multi-GPU path, as far as a CPU can prove it.   python -m pytest tests/test_ranks.py
+
+Ranks are gloo processes, and graphs are traced with aot_eager, which compiles no kernels.
+"""
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import model as model_file
+import moe as moe_module
+import train
+from helpers import build, make_batch
+from model import PRESETS, ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--width 16 --depth 2 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 3 "
+        "--device cpu --mixture 30-30-40").split()
+MOE = ["--fusion", "late", "--moe", "learned", "--experts", "4"]
+
+
+def launch(ranks, *command):
+    """Runs a script under torchrun, or without it for one rank -> what it printed."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    done = subprocess.run([sys.executable, *torchrun * (ranks > 1), *command], text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def trained(out, *flags, ranks=1):
+    """-> the log of a run, and its row of results."""
+    launch(ranks, str(ROOT / "train.py"), *TINY, *flags, "--out", str(out))
+    folder, = (path.parent for path in Path(out).glob("*/log.jsonl"))
+    row, = train.finished(out).values()
+    return list(map(json.loads, open(folder / "log.jsonl", encoding="utf-8"))), row
+
+
+def assert_equal(runs, within):
+    """The losses of every step and of the validation."""
+    (log, row), *others = runs
+    for other_log, other_row in others:
+        for a, b in zip(log, other_log, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=within), a["step"]
+        assert row["loss"] == pytest.approx(other_row["loss"], abs=within)
+        assert (row["D_vision"], row["padding"]) == (other_row["D_vision"], other_row["padding"])
+
+
+# -- several ranks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], MOE])
+def test_two_ranks_follow_one(tmp_path, flags):
+    """At every step, and whatever rows share a micro-batch: the balance loss of experts, too, is
+    that of the whole step. A weight of 0.1 would show it sooner than the default."""
+    flags = ["--tokens", "30K", "--load-balancing-weight", "0.1", *flags]
+    one = trained(tmp_path / "one", *flags)
+    assert_equal([one, trained(tmp_path / "two", *flags, "--micro-rows", "1", ranks=2)], 1e-4)
+
+
+def test_sharded_ranks_follow_ddp(tmp_path):
+    """Also where ranks have unequal numbers of validation rows, and gradients accumulate."""
+    flags = ["--tokens", "10K", "--micro-rows", "1", *MOE]
+    ddp = trained(tmp_path / "ddp", *flags, ranks=2)
+    for ranks in (2, 4):
+        sharded = trained(tmp_path / str(ranks), *flags, "--shard", ranks=ranks)
+        assert_equal([ddp, sharded], 1e-5)
+
+
+WAYS = {"one": (1, []), "ddp": (2, []), "fsdp": (2, ["--shard"])}
+BUDGETS = ["--tokens", "5K,10K", *MOE]
+ELSEWHERE = """import os, sys
+os.chdir(sys.argv[1 + int(os.environ.get("RANK", 0))])
+sys.path.insert(0, sys.argv[3])
+import train
+train.main(sys.argv[4:])"""
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory):
+    """Two budgets with a common trunk, trained in each way -> the folder of the studies."""
+    root = tmp_path_factory.mktemp("studies")
+    for way, (ranks, flags) in WAYS.items():
+        launch(ranks, str(ROOT / "train.py"), *TINY, *BUDGETS, *flags, "--out", str(root / way))
+    return root
+
+
+@pytest.mark.parametrize("first, then", [
+    ("one", "ddp"), ("ddp", "fsdp"), ("fsdp", "one"), ("one", "fsdp")])
+def test_a_run_goes_on_in_any_other_way(studies, tmp_path, first, then):
+    """From a trunk that only rank 0 can see, as on machines without a common disk."""
+    rows = list(train.finished(studies / first).values())
+    shutil.copytree(studies / first, tmp_path / "here" / "run")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "run" / "results.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    shutil.rmtree(tmp_path / "here" / "run" / rows[1]["run"])
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    ranks, flags = WAYS[then]
+    out = launch(ranks, str(tmp_path / "elsewhere.py"), str(tmp_path / "here"),
+                 str(tmp_path / "there"), str(ROOT), *TINY, *BUDGETS, *flags, "--out", "run")
+    assert "from step 8" in out
+    row = train.finished(tmp_path / "here" / "run")[rows[1]["run"]]
+    assert row["loss"] == pytest.approx(rows[1]["loss"], abs=1e-5)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Card(train.Machine):
+    """A rank with a GPU of so many bytes, which is asked for nothing else."""
+    memory: int = 0
+
+
+@pytest.mark.parametrize("memory", [80e9, 141e9])
+@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize("moe", ["none", "learned"])
+def test_every_preset_fits_or_says_what_would(memory, ranks, moe):
+    """And what it says is true: with the flags of the advice it fits."""
+    machine = Card(torch.device("cuda"), 0, ranks, memory)
+    for preset, size in PRESETS.items():
+        flags = ["--preset", preset, "--tokens", "4B", "--moe", moe]
+        run, = train.parse_runs(flags)
+        try:
+            rows, steps = train.divide_step(run, machine)
+        except SystemExit as error:
+            advice = str(error).partition(": it would with ")[2]
+            assert advice or "smaller --preset" in str(error) and preset == "8.13b"
+            if advice:
+                words, _, gpus = advice.partition(" on ")
+                run, = train.parse_runs([*flags, *words.split()])
+                machine = dataclasses.replace(machine, ranks=int((gpus or str(ranks)).split()[0]))
+                rows, steps = train.divide_step(run, machine)
+        fixed, row = model_file.training_memory(run.model, machine.ranks, run.train.shard)
+        assert fixed + rows * row <= 0.92 * memory and rows * steps * machine.ranks == 2048
+        machine = Card(torch.device("cuda"), 0, ranks, memory)
+
+
+def test_what_is_known_to_fit_fits():
+    """932m on one 80 GB card, 3.35b on eight; 8.13b and large MoE only in shards."""
+    def rows(preset, ranks=1, shard=False, **changes):
+        sizes = {k: v for k, v in PRESETS[preset].items() if k != "lr"}
+        machine = Card(torch.device("cuda"), 0, ranks, 80e9)
+        return train.rows_that_fit(ModelConfig(**sizes, **changes), machine, shard)
+    assert rows("932m") >= 16 and rows("3.35b", 8, True) >= 8
+    assert rows("8.13b") < 1 <= rows("8.13b", 8, True)
+    assert rows("932m", moe="learned") < 1 <= rows("932m", 8, True, moe="learned")
+
+
+# -- compiled graphs -------------------------------------------------------------------------------
+
+
+BATCHES = [["tIttt", "tttt"], ["tItIttt"]], [["tItt", "tttIt"], ["tIt"]], [["ttt"], ["tIttt"]]
+
+
+def graphs(monkeypatch, model, run):
+    """Graphs that a run of the compiled model's blocks makes, with the grouped kernel of a GPU."""
+    torch.compiler.reset()
+    monkeypatch.setattr(moe_module, "grouped_mm_is_fast", lambda *args: True)
+    counter = CompileCounterWithBackend("aot_eager")
+    for module in model.modules():
+        if isinstance(module, model_file.Block):
+            module.compile(backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        run()
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("kind, most", [
+    (dict(), 1), (dict(fusion="late"), 3), (dict(moe="learned"), 1), (dict(moe="modality"), 1),
+    (dict(checkpointing=True), 1)])
+def test_batches_of_other_shapes_compile_nothing_anew(monkeypatch, kind, most):
+    """In bf16, forward and backward. Late fusion's encoder is a graph of its own, and so is one for
+    any number of images after the first."""
+    model = build(**kind)
+    model.dtype = torch.bfloat16
+
+    def run():
+        for rows in BATCHES:
+            out = model(make_batch(model.cfg, rows))
+            (out.loss + out.balance).backward()
+    assert graphs(monkeypatch, model, run) <= most
+
+
+def test_late_fusion_keeps_within_its_graphs(monkeypatch):
+    """Training, and evaluation with a smaller last batch and with a single image."""
+    model = build(fusion="late")
+
+    def run():
+        for rows in BATCHES:
+            model(make_batch(model.cfg, rows)).loss.backward()
+        with torch.no_grad():
+            model.eval()
+            for rows in (*BATCHES, [["tIttt"]], [["ttt"]]):
+                model(make_batch(model.cfg, rows))
+    assert graphs(monkeypatch, model, run) <= 8
+
+
+def test_ddp_does_not_cut_compiled_blocks(monkeypatch, tmp_path):
+    """With its optimizer on, a block would be split where a bucket of gradients ends."""
+    from torch._dynamo.backends.distributed import DDPOptimizer
+    monkeypatch.setattr(DDPOptimizer, "compile_fn", lambda *args: pytest.fail("it cut a block"))
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = build()
+        monkeypatch.setattr(model_file.Block, "compile",
+                            lambda self: torch.nn.Module.compile(self, backend="aot_eager"))
+        train.compile_blocks(model, train.Machine(torch.device("cpu"), 0, 1))
+        batch = make_batch(model.cfg, BATCHES[0])
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001)
+        wrapped(batch).loss.backward()
+        plain = build()
+        plain(batch).loss.backward()
+        for a, b in zip(model.parameters(), plain.parameters()):
+            assert torch.allclose(a.grad, b.grad, atol=1e-5)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_block_masks_of_other_batches_compile_nothing_anew():
+    torch.compiler.reset()
+    model, counter = build(context=128), CompileCounterWithBackend("eager")
+    model.flex = True
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for rows in BATCHES:
+            model(make_batch(model.cfg, rows))
+    assert counter.frame_count == 1
