@@ -35,7 +35,7 @@ class MoE(nn.Module):
 
     def __init__(self, width, hidden, layer, experts, top_k=1, routing="learned"):
         super().__init__()
-        self.learned = routing == "learned"
+        self.learned, self.loop = routing == "learned", False  # loop: never grouped_mm
         self.experts, self.top_k = (experts, top_k) if self.learned else (2, 1)
 
         def weight(fan_in, *shape):  # as init_weight in model.py, for each expert
@@ -73,7 +73,7 @@ class MoE(nn.Module):
         weights = [weight.to(x.dtype) for weight in (self.w_gate, self.w_up, self.w_down)]
         slots = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1)              # (S,W)
         slots = Reorder.apply(slots, order, place)                               # by expert
-        fast = grouped_mm_is_fast(slots, weights[-1])
+        fast = not self.loop and grouped_mm_is_fast(slots, weights[-1])
         run_experts = grouped_experts if fast else looped_experts
         slots = run_experts(slots, *weights, load)                               # (S,W)
         slots = Reorder.apply(slots, place, order).unflatten(0, chosen.shape)    # (N,K,W)

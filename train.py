@@ -44,7 +44,7 @@ from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_che
 
 # Fields that say how or where a run is computed, not what: they are no part of its identity.
 HOW = ("out", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device", "compile",
-       "shard", "workers", "checkpointing")
+       "attention", "experts_by", "shard", "workers", "checkpointing")
 SIZES = {**PRESETS, "laptop": dict(width=64, depth=4, context=256, image_size=32, patch_size=8,
                                    tokens_per_step=1024)}
 
@@ -72,6 +72,8 @@ class TrainConfig:
     save_every: int = 500  # steps between checkpoints
     device: str = "auto"  # auto, cpu, cuda, mps
     compile: str = "auto"  # auto = on CUDA only; on, off
+    attention: str = "auto"  # auto = FlexAttention where blocks are compiled on CUDA; dense
+    experts_by: str = "auto"  # auto = all in one kernel where torch has a fast one; loop
     shard: bool = False  # FSDP2: weights and optimizer divided over the ranks, for large models
 
     def __post_init__(self):
@@ -81,8 +83,10 @@ class TrainConfig:
             check(isinstance(value, str) or value >= least,
                   f"--{name.replace('_', '-')} {value} is below {least}")
         check(self.cooldown <= 1, f"--cooldown {self.cooldown} is not a share between 0 and 1")
-        check(self.compile in ("auto", "on", "off"),
-              f"--compile {self.compile}: need auto, on or off")
+        for flag, value, words in (("compile", self.compile, ("auto", "on", "off")),
+                                   ("attention", self.attention, ("auto", "dense")),
+                                   ("experts-by", self.experts_by, ("auto", "loop"))):
+            check(value in words, f"--{flag} {value}: need {' or '.join(words)}")
 
     def sources(self):
         """The runs that the decoder and the vision part start from, if any. {seed} stands for this
@@ -393,7 +397,10 @@ class Trainer:
         # auto: on a CPU, compiling gains 4 % of a step for 45 s of start-up (results/speed.md)
         self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
         if self.compiled:
-            compile_blocks(self.model, machine)
+            compile_blocks(self.model)
+        self.model.flex = self.compiled and machine.is_cuda and run.train.attention == "auto"
+        for block in self.model.blocks:
+            block.ffn.loop = run.train.experts_by == "loop"
         self.forward = distribute(self.model, run.train.shard, machine)
         self.optimizer = make_optimizer(self.model, run.train, machine)  # of what sharding leaves
         self.loader = Loader(run.data, run.train.seed, run.model.context, run.model.image_size,
@@ -706,10 +713,9 @@ def forward_and_backward(trainer, batches):
     return machine.sum(totals)
 
 
-def compile_blocks(model, machine):
+def compile_blocks(model):
     """Compiles each block, not the model: seconds of start-up instead of minutes, and the head's
-    changing number of targets recompiles nothing. On CUDA FlexAttention comes with it, which needs
-    compiled blocks (`python -m tools.check` compares it with the dense mask)."""
+    changing number of targets recompiles nothing."""
     torch.compiler.reset()  # otherwise a later budget finds the cache full and runs uncompiled
     # All blocks share one cache, and late fusion has 6 graphs (encoder, decoder; training, not).
     torch._dynamo.config.recompile_limit = 32
@@ -717,7 +723,6 @@ def compile_blocks(model, machine):
     for module in model.modules():
         if isinstance(module, Block):
             module.compile()
-    model.flex = machine.is_cuda
 
 
 class StopSignal:

@@ -214,7 +214,7 @@ def test_ddp_does_not_cut_compiled_blocks(monkeypatch, tmp_path):
         model = build()
         monkeypatch.setattr(model_file.Block, "compile",
                             lambda self: torch.nn.Module.compile(self, backend="aot_eager"))
-        train.compile_blocks(model, train.Machine(torch.device("cpu"), 0, 1))
+        train.compile_blocks(model)
         batch = make_batch(model.cfg, BATCHES[0])
         wrapped = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.001)
         wrapped(batch).loss.backward()

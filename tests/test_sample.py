@@ -135,10 +135,16 @@ def test_what_our_decoder_has_no_place_for_is_named(change, named, tmp_path):
     assert named in message and str(source) in message and not out.exists()
 
 
-def test_check_runs_and_says_what_a_cpu_cannot_compare(capsys):
-    check.main([])
+def test_check_ends_with_the_command_that_avoids_the_faults(monkeypatch, capsys):
+    """(test_readme.py runs it whole.) A NaN is a fault, and so is what does not run."""
+    for name, found in (("attention", 0.5), ("experts", math.nan), ("ranks", 0.0)):
+        monkeypatch.setattr(check, f"check_{name}", lambda *args, found=found, **options: found)
+    monkeypatch.setattr(check, "check_compiled", lambda *args: 1 / 0)
+    one_line(SystemExit, check.main, ["--width", "16"])
     lines = capsys.readouterr().out.splitlines()
-    assert "FlexAttention" in lines[1] and "experts" in lines[-1]
+    assert lines[-1].endswith(
+        "train.py --width 16 --attention dense --experts-by loop --compile off")
+    assert any("tokens/s" in line for line in lines)
 
 
 def test_check_sees_a_wrong_mask():

@@ -295,7 +295,7 @@ def test_the_set_of_flags_is_frozen():
     """A new flag needs a user: add it here only together with the reason in its comment."""
     known = set("""out preset init init_vision tokens tokens_per_step micro_rows lr vision_lr
         warmup cooldown weight_decay grad_clip load_balancing_weight seed eval_every save_every
-        device compile fusion moe experts top_k granularity width depth heads
+        device compile attention experts_by shard fusion moe experts top_k granularity width depth heads
         context image_size patch_size mlp_multiple vision_width vision_depth checkpointing data
         mixture augment flip val_rows workers""".split())
     fields = [f.name for kind in (train.TrainConfig, train.ModelConfig, train.DataConfig)

@@ -1,20 +1,32 @@
-"""Compares the fast ways of a GPU with the plain ones, in values and gradients, on this machine.
+"""The first thing to run on a rented machine: what is right there, and how fast it is.
 
-    python -m tools.check
+    python -m tools.check                                      275m on a GPU, laptop on a CPU
+    python -m tools.check --preset 932m --moe learned          the model that you will train
 
-One line for each: attention (FlexAttention against the dense mask) and experts (grouped_mm against
-the loop, with one expert idle). Exit status 1 where a fast way does not run, or differs by more
-than LIMIT.
+A line for each thing, in two or three minutes: the machine's rates; each fast way beside the plain
+one, in values and gradients (FlexAttention and the dense mask, grouped_mm and the loop over the
+experts, bf16 and fp32, compiled and eager); a step of the model with its MFU, and its memory beside
+the arithmetic; checkpoint and resume; one process, all GPUs and --shard. The last line is the
+command to train with, with the flags that avoid what was found wrong (exit status 1). A CPU runs
+what it can.
 
 Dimensions: B rows, T positions, W width, E experts, S slots.
 """
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from model import PRESETS, Attention, attention_mask, block_mask, rope_table, split_heads
+import train
+from model import Attention, Model, attention_mask, block_mask, rope_table, training_memory
 from moe import grouped_experts, grouped_mm_is_fast, looped_experts
-from train import Parser
+from tools.bench import PEAKS, random_batch, step, step_flops
 
 LIMIT = 0.02  # of the norm. Rounding to bf16 makes 0.005 to 0.01, a wrong mask more than 0.5.
 
@@ -44,52 +56,173 @@ def two_documents(rows, length, device):
     return doc, torch.where(at % (length // 2) < length // 4, doc, -1)
 
 
-def check_attention(device, head_dim):
+# ---- Right: a number is a distance, which must stay below LIMIT; a text is only told --------------
+
+
+def check_attention(run, machine):
     """The attention branch alone, because the residual would hide a wrong mask beside it."""
-    if device.type != "cuda":
-        return "not compared: FlexAttention has no gradients on a CPU"
+    if not machine.is_cuda:
+        return "not compared, because FlexAttention has no gradients on a CPU"
+    head_dim, device = run.model.head_dim, machine.device
     attention = Attention(4 * head_dim, head_dim, 0).to(device)
     rope = rope_table(1024, head_dim).to(device)
     ids = two_documents(2, 1024, device)
-    x = random(2, 1024, 4 * head_dim, device=device)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        plain = outputs(attention, [x], attention_mask(*ids), rope)
-        compiled = torch.compile(attention, fullgraph=True)
-        return distance(outputs(compiled, [x], block_mask(*ids), rope), plain)
+    x = random(2, 1024, 4 * head_dim, device=device, dtype=machine.dtype)
+    plain = outputs(attention, [x], attention_mask(*ids), rope)
+    compiled = torch.compile(attention, fullgraph=True)
+    return distance(outputs(compiled, [x], block_mask(*ids), rope), plain)
 
 
-def check_experts(device):
+def check_experts(run, machine):
+    """With one expert idle."""
+    device = machine.device
     load = torch.tensor([50, 0, 78], device=device)                              # (E,)
     weights = [random(3, 64, 64, device=device, dtype=torch.bfloat16) for _ in range(3)]
     leaves = [random(128, 64, device=device, dtype=torch.bfloat16), *weights]    # x (S,W)
-    if device.type == "cuda" and not grouped_mm_is_fast(leaves[0], weights[2]):
-        return "not compared: training loops over the experts on this GPU"
+    if machine.is_cuda and not grouped_mm_is_fast(leaves[0], weights[2]):
+        return "not compared, because training loops over the experts on this GPU"
     plain = outputs(looped_experts, leaves, load)
     return distance(outputs(grouped_experts, leaves, load), plain)
 
 
+def loss_and_gradient(run, machine, dtype, compiled=False):
+    """Of two blocks of the model on one random row -> two tensors (1,)."""
+    cfg = replace(run.model, depth=2, vision_depth=2, checkpointing=False)
+    torch.manual_seed(0)
+    model = Model(cfg).to(machine.device)
+    model.dtype, model.flex = dtype, compiled and machine.is_cuda
+    if compiled:
+        train.compile_blocks(model)
+    batch = train.to_device(random_batch(cfg, 1, np.random.default_rng(0)), machine)
+    out = model(batch)
+    (out.loss / out.count).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return [out.loss.detach()[None], gradient]
+
+
+def check_bf16(run, machine):
+    return distance(loss_and_gradient(run, machine, torch.bfloat16),
+                    loss_and_gradient(run, machine, torch.float32)) / 3  # its gradient is coarser
+
+
+def check_compiled(run, machine):
+    if not machine.is_cuda and run.train.compile != "on":
+        return "not compared, because a CPU does not compile unless --compile on is given"
+    return distance(loss_and_gradient(run, machine, machine.dtype, compiled=True),
+                    loss_and_gradient(run, machine, machine.dtype))
+
+
+def check_ranks(folder, run, machine, ranks=1, flags=()):
+    """The validation loss of a small run of two budgets, the second from the first's trunk, beside
+    that of the second alone in one process: in nats, relative."""
+    def loss(name, ranks, tokens, *flags):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        out, script = folder / name, Path(train.__file__)
+        done = subprocess.run(
+            [sys.executable, *launch * (ranks > 1), str(script), "--out", str(out), "--tokens",
+             tokens, "--tokens-per-step", "4096", "--warmup", "5", "--val-rows", "16",
+             "--compile", "off", "--device", machine.device.type, *flags],
+            capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip()[-300:])
+        return list(train.finished(out).values())[-1]["loss"]
+    if not (folder / "alone").exists():
+        loss("alone", 1, "80K")
+    alone = list(train.finished(folder / "alone").values())[-1]["loss"]
+    return abs(loss(f"{ranks}{len(flags)}", ranks, "40K,80K", *flags) / alone - 1)
+
+
+# ---- Fast ----------------------------------------------------------------------------------------
+
+
+def seconds(work, machine, times=5):
+    """The median time of one call, after a first one to warm up."""
+    took = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        work()
+        if machine.is_cuda:
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+    return sorted(took[1:])[times // 2]
+
+
+def rates(run, machine):
+    side = 8192 if machine.is_cuda else 1536
+    a = random(side, side, device=machine.device, dtype=machine.dtype).detach()
+    b = torch.empty_like(a)
+    product, copy = (seconds(work, machine) for work in (lambda: a @ a, lambda: b.copy_(a)))
+    return (f"matrix products {2 * side ** 3 / product / 1e12:.2f} TFLOP/s, memory "
+            f"{2 * a.nbytes / copy / 1e9:,.0f} GB/s")
+
+
+def speed(run, machine):
+    """A step of the model with two micro-steps, on random rows with two documents each."""
+    trainer = train.Trainer(run, machine)
+    trainer.accumulation = 2
+    batch = train.to_device(random_batch(run.model, trainer.rows, np.random.default_rng(0)),
+                            machine)
+    took = seconds(partial(step, trainer, batch), machine) / 2  # seconds a micro-step
+    tokens = trainer.rows * run.model.context
+    flops = step_flops(run.model, tokens, len(batch["images"]), len(batch["target_index"])) / took
+    told = (f"{trainer.rows} rows x {run.model.context} in {1e3 * took:,.0f} ms, "
+            f"{tokens / took:,.0f} tokens/s, {flops / 1e12:.2f} TFLOP/s")
+    peak = next((rate for name, rate in PEAKS.items() if name in machine.name), 0)
+    if peak:
+        told += f", MFU {flops / peak:.1%}"
+    if machine.is_cuda:
+        fixed, row = training_memory(run.model)
+        told += (f"; memory {train.peak_memory(machine) * 2**20 / 1e9:.1f} GB, by the arithmetic "
+                 f"{(fixed + trainer.rows * row) / 1e9:.1f}")
+    return told
+
+
+# ---- The list ------------------------------------------------------------------------------------
+
+
 def main(argv=None):
-    about = __doc__.split("Dimensions")[0]
-    Parser(prog="python -m tools.check", description=about).parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"torch {torch.__version__}, "
-          f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
-    failed = []
-    checks = {f"attention, heads of {dim}": partial(check_attention, head_dim=dim)
-              for dim in sorted({split_heads(size["width"]) for size in PRESETS.values()})}
-    for name, check in {**checks, "experts": check_experts}.items():
-        try:
-            found = check(device)
-        except Exception as error:  # a compiler's are of nearly every type
-            failed.append(name)
-            found = "does not run: " + " ".join(str(error).split())[:160]
-        if isinstance(found, float):
-            failed += [name] * (not found <= LIMIT)  # NaN fails, too
-            found = f"differs by {found:.4f} (limit {LIMIT})"
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        return print(__doc__)
+    cuda = torch.cuda.is_available()
+    if cuda and "--preset" not in words:
+        words += ["--preset", "275m"]
+    *_, run = train.parse_runs(words)
+    machine = train.Machine.start(run.train.device)
+    ranks = torch.cuda.device_count() if cuda else 2
+    with tempfile.TemporaryDirectory() as folder:
+        ranked = partial(check_ranks, Path(folder))
+        checks = {  # name: (function, the flags that avoid the fault)
+            "rates": (rates, ""), "attention": (check_attention, "--attention dense"),
+            "experts": (check_experts, "--experts-by loop"),
+            "bf16": (check_bf16, "--device cpu"), "compiled": (check_compiled, "--compile off"),
+            run.name: (speed, "--checkpointing"), "resume": (ranked, "--cooldown 0")}
+        if ranks > 1:
+            checks[f"{ranks} ranks"] = partial(ranked, ranks=ranks), "(one GPU)"
+            sharded = partial(ranked, ranks=ranks, flags=["--shard"])
+            checks[f"{ranks} ranks, sharded"] = sharded, "(no --shard)"
+        print(f"torch {torch.__version__}, {machine.name}, {max(1, ranks * cuda)} of them")
+        avoid = [flag for name, (work, flag) in checks.items() if not fine(name, work, run, machine)]
+    launch = f"torchrun --standalone --nproc_per_node {ranks}" if cuda and ranks > 1 else "python"
+    print(f"train with: {launch} train.py {' '.join([*words, *avoid])}")
+    if avoid:
+        raise SystemExit("something is wrong on this machine: the flags at the end avoid it")
+
+
+def fine(name, work, run, machine):
+    """Runs one check and prints its line. False where it found a fault."""
+    try:
+        found = work(run, machine)
+    except (Exception, SystemExit) as error:  # a compiler's errors are of nearly every type
+        found = "does not run: " + " ".join(str(error).split())[-200:]
         print(f"{name}: {found}")
-    if failed:
-        raise SystemExit(f"{' and '.join(failed)}: the fast way is not right on this machine; "
-                         "train with --compile off, which takes the dense mask")
+        return False
+    if isinstance(found, float):
+        good = found <= LIMIT  # NaN is a fault, too
+        print(f"{name}: differs by {found:.5f} (limit {LIMIT})")
+        return good
+    print(f"{name}: {found}")
+    return True
 
 
 if __name__ == "__main__":
