@@ -13,6 +13,7 @@ import json
 import random
 import re
 import signal
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -45,7 +46,7 @@ class DataConfig:
     mixture: str = "45-45-10"  # captions-interleaved-text[-conversations], % of rows (Table 5)
     augment: bool = False  # RandomResizedCrop of real images (paper, App. A)
     flip: bool = False  # mirror half of them, except where the text says left or right
-    val_rows: int = 64  # validation rows for each kind
+    val_rows: int = 256  # validation rows for each kind
     workers: int = -1  # processes that prepare batches, 0 = none; -1 = 4 for a folder on CUDA
 
     def __post_init__(self):
@@ -246,7 +247,7 @@ def collate(rows, patch_size):
 class Procedural:
     """Rows of the procedural world. There is no end to them, so no epoch is ever repeated."""
 
-    tokenizer, knows_floor = "bytes", True
+    tokenizer, contents, knows_floor = "bytes", 0, True
     validated_as = {"conversation": QUESTIONS}  # a loss for each kind of question
 
     def __init__(self, cfg, seed, context, image_size, n_patches):
@@ -277,7 +278,7 @@ class Procedural:
     def val_rows(self, kind):
         """Always the same documents, each whole, so that the floor is exact. One that does not fit
         opens the next row, because otherwise short documents would be favoured; only one that fits
-        no row at all is left out (below a context of 256 there are some)."""
+        no row at all is left out (below a context of 128 there are some)."""
         rng, rows, tries = random.Random(f"val/{kind}"), [self.new_row()], 0
         while len(rows) <= self.cfg.val_rows:
             document, tries = self.document(kind, rng, "val"), tries + 1
@@ -285,7 +286,7 @@ class Procedural:
             if not rows[-1].add(document, whole=True) and row.add(document, whole=True):
                 rows.append(row)
             check(rows[0].used or tries <= 100, f"--context {row.context}: no {kind} document of "
-                  "the procedural world fits; 256 holds them all")
+                  "the procedural world fits; 128 holds them all")
         return rows[:-1]  # the last one is not full
 
 
@@ -301,6 +302,8 @@ class Packed:
         self.encoding = self.shards["train"].encoding
         self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
         self.tokenizer = self.shards["train"].meta["tokenizer"]
+        # a checkpoint must not go on with data that were packed into the same folder later
+        self.contents = zlib.crc32((Path(cfg.data) / "data.json").read_bytes())
 
     def kinds(self, split):
         return self.shards[split].kinds
@@ -397,6 +400,7 @@ def read_meta(root):
           f"{root}`")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
+        meta["splits"], meta["vocab_size"] + 1, meta["image_size"] + 1  # or it is damaged
         if meta["tokenizer"].endswith(".tiktoken"):
             meta["tokenizer"] = str(Path(root) / meta["tokenizer"])
         return meta

@@ -32,7 +32,7 @@ class ModelConfig:
     width: int = 64  # of the decoder
     depth: int = 4  # blocks of the decoder
     heads: int = 0  # attention heads; 0: a head dim near 64
-    context: int = 256  # positions of a row, text tokens and patches
+    context: int = 128  # positions of a row, text tokens and patches
     image_size: int = 32  # pixels of a side
     patch_size: int = 8  # pixels of a side
     vocab_size: int = 264  # ids the model can read and write

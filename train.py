@@ -13,6 +13,7 @@ Dimensions:  B rows in a micro-batch   T context
 import argparse
 import contextlib
 import difflib
+import errno
 import functools
 import inspect
 import itertools
@@ -27,6 +28,7 @@ import time
 import zlib
 from collections import ChainMap
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from data import DataConfig, Loader, check, patchify, vocab_size
@@ -45,8 +48,8 @@ from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_che
 # Fields that say how or where a run is computed, not what: they are no part of its identity.
 HOW = ("out", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device", "compile",
        "attention", "experts_by", "shard", "workers", "checkpointing")
-SIZES = {**PRESETS, "laptop": dict(width=64, depth=4, context=256, image_size=32, patch_size=8,
-                                   tokens_per_step=1024)}
+SIZES = {**PRESETS, "laptop": dict(width=64, depth=4, context=128, image_size=32, patch_size=8,
+                                   tokens_per_step=512)}
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ class TrainConfig:
     init: str = ""  # start from the weights of this run's folder ({seed} = its own) (5.12, 5.13)
     init_vision: str = ""  # late fusion: start from the encoder of this run (5.12)
     tokens: str = "4M"  # D, training tokens, as 500K or 2B; several, as 1M,2M, share a trunk
-    tokens_per_step: int = 2048 * 1024  # over all ranks, laptop 1024; accumulation is derived
+    tokens_per_step: int = 2048 * 1024  # over all ranks, laptop 512; accumulation is derived
     micro_rows: int = 0  # rows at once on a device; 0 = what memory should allow
-    lr: float = 0.0  # peak learning rate; 0 = by width: Table 6 of the paper, laptop 0.19 / width
+    lr: float = 0.0  # peak learning rate; 0 = by width: Table 6 of the paper, laptop .024/sqrt(width)
     vision_lr: float = 1.0  # late fusion: the encoder's share of the rate, 0 = frozen (Table 8)
     warmup: int = 0  # steps; 0 = the paper's 1000 to 5000 by run length, 64 for laptop runs
     cooldown: float = 0.2  # final share of the steps, in which the rate falls to 0
@@ -155,9 +158,11 @@ def make_run(values, given):
     check(model.fusion == "late" or not train.init_vision,
           "--init-vision: only late fusion has an encoder; add --fusion late")
     try:
-        steps = max(1, round(whole_number(train.tokens) / train.tokens_per_step))
+        steps = round(whole_number(train.tokens) / train.tokens_per_step)
     except ValueError:
         raise SystemExit(f"--tokens {train.tokens}: need a count as 500K, 2M or 1e6") from None
+    check(steps >= 1, f"--tokens {train.tokens} is less than a step: give more, or less than "
+          f"--tokens-per-step {train.tokens_per_step}")
     warmup = 64 if train.preset == "laptop" else paper_warmup(steps, model.moe != "none")
     train = replace(train, lr=train.lr or default_lr(model, train.preset),
                     warmup=train.warmup or warmup)
@@ -198,11 +203,11 @@ def fields_of_weights(path):
 
 
 def default_lr(model, preset):
-    """Peak learning rate where none is given. Laptop: 0.19 / width, checked at five widths
-    (results/README.md). With a preset it is Table 6's; at a width between two of its sizes it lies
-    on the straight line between them in logarithms, and beyond them it is the nearest's: ours."""
+    """Peak learning rate where none is given. Laptop: 0.024 / sqrt(width), from results/README.md.
+    With a preset it is Table 6's; at a width between two of its sizes it lies on the straight line
+    between them in logarithms, and beyond them it is the nearest's: ours."""
     if preset == "laptop":
-        return 0.19 / model.width
+        return 0.024 * model.width ** -0.5
     rates = sorted((size["width"], size["lr"]) for size in PRESETS.values()
                    if size["fusion"] == model.fusion)
     if model.width in dict(rates):
@@ -263,7 +268,8 @@ def whole_number(text):
     """"2M" -> 2000000; K, M, B and plain numbers, 1e6 too. ValueError for anything else."""
     scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:].upper(), 1)
     value = float(text[:-1] if scale > 1 else text) * scale
-    if not abs(value) < 2**63:  # round() would end in an OverflowError
+    # 16.5 heads are a mistake; 2.3M is not a whole float; round() of 1e999 is an OverflowError
+    if not abs(value) < 2**63 or abs(value - round(value)) > 1e-9 * abs(value):
         raise ValueError(text)
     return round(value)
 
@@ -350,6 +356,21 @@ def make_folder(out):
         raise SystemExit(f"--out {out}: {error.strerror}; choose another folder") from None
 
 
+@contextlib.contextmanager
+def only_process(folder, task, rank=0):
+    """Keeps others out of this folder, until the process leaves or ends, however that happens.
+    SystemExit, one line, where another is in it."""
+    with open(Path(folder) / f".lock{rank}", "w", encoding="utf-8") as file:
+        with contextlib.suppress(ImportError):  # Windows has no such module
+            import fcntl
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SystemExit(f"{folder}: another process {task} here; wait for it, or choose "
+                                 "another --out") from None
+        yield
+
+
 def write_whole(path, write):
     """write(temporary path), then rename: a reader sees the old file or the new one, never half."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -359,14 +380,33 @@ def write_whole(path, write):
     os.replace(temporary, path)
 
 
-def finished(out):
-    """{run name: its row of OUT/results.jsonl}."""
-    path, rows = Path(out) / "results.jsonl", {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # a partial last line
+def finished(out, tell=False):
+    """{run name: its row of OUT/results.jsonl}. What is no row, such as the partial line that a
+    full disk leaves, is passed over, and named if `tell`."""
+    path, rows, broken = Path(out) / "results.jsonl", {}, []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else ()
+    for number, line in enumerate(lines, 1):
+        try:
             row = json.loads(line)
-            rows[row["run"]] = row
+            name, *_ = row["run"], row["status"], row["loss"], row["tok_per_s"]
+            rows[name] = row
+        except (ValueError, LookupError, TypeError):
+            broken.append(str(number))
+    if broken and tell:
+        print(f"note: {path} has no result in line {', '.join(broken[:9])}; the rest is used")
     return rows
+
+
+def kept_log(path, steps):
+    """The lines of the first steps; what came later is done again. SystemExit where one is gone."""
+    lines = path.read_text("utf-8", "replace").splitlines(True)[:steps] if path.exists() else []
+    try:
+        whole = [json.loads(line)["step"] for line in lines] == list(range(steps))
+    except (ValueError, LookupError, TypeError):
+        whole = False
+    check(whole, f"{path} does not hold the {steps} steps of the checkpoint beside it: delete the "
+          "folder, and the same command trains it from its start")
+    return "".join(lines)
 
 
 def append_result(out, row):
@@ -405,7 +445,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, run.train, machine)  # of what sharding leaves
         self.loader = Loader(run.data, run.train.seed, run.model.context, run.model.image_size,
                              run.model.patch_size)
-        data = {**asdict(run.data), "tokenizer": self.loader.source.tokenizer}
+        source = self.loader.source
+        data = {**asdict(run.data), "tokenizer": source.tokenizer, "contents": source.contents}
         self.config = {"model": asdict(run.model), "train": asdict(run.train), "data": data}
         self.stop = StopSignal()  # this process was asked to stop
         self.stopped = False  # this rank or another was, and all of them know it
@@ -465,7 +506,8 @@ class Trainer:
         if self.machine.rank == 0:
             with open(self.run.folder / "log.jsonl", "rb+") as file:
                 os.fsync(file.fileno())  # first, so that it covers every step of the checkpoint
-            write_whole(self.run.folder / name, lambda path: torch.save(state, path))
+            state["checksum"] = checksum(state)
+            write_whole(self.run.folder / name, partial(save_tensors, state))
         self.machine.wait()  # torchrun would end rank 0 while it writes, if another rank were gone
 
     def restore(self, path):
@@ -474,15 +516,19 @@ class Trainer:
         other machines need not have the file."""
         weights, moments = {}, {}
         if self.machine.rank == 0:
-            parts = ("model", "optimizer", "step", "stats", "config")
-            weights, moments, self.step, self.stats, config = read_checkpoint(
+            parts = ("model", "optimizer", "step", "stats", "config", "checksum")
+            weights, moments, self.step, self.stats, config, expected = read_checkpoint(
                 path, lambda saved: [saved[part] for part in parts])
-            ours, theirs = self.run.identity(), ChainMap(*config.values())
-            changed = [k for k in ours if theirs.get(k) != ours[k]]
+            check(checksum({"model": weights, "optimizer": moments}) == expected,
+                  f"{path} is damaged, because its checksum differs: delete it, and the same "
+                  "command goes on from what is left")
+            ours = self.run.identity() | {"contents": self.config["data"]["contents"]}
+            theirs = ChainMap(*config.values())
+            changed = [k.replace("contents", "data (packed anew)") for k in ours
+                       if theirs.get(k) != ours[k]]
             check(not changed, f"{path} was trained with another {', '.join(changed)}; choose "
                   "another --out, or delete it")
-            log = path.with_name("log.jsonl").read_text(encoding="utf-8").splitlines(True)
-            kept = "".join(log[:self.step])  # a line for each step; what came later is done again
+            kept = kept_log(path.with_name("log.jsonl"), self.step)
             write_whole(self.run.folder / "log.jsonl", lambda path: path.write_text(kept, "utf-8"))
         self.step, self.stats = self.machine.share((self.step, self.stats))
         options = StateDictOptions(full_state_dict=True,
@@ -495,7 +541,6 @@ class Trainer:
         from fresh or given weights. Rank 0 decides, because ranks on other machines could see
         other files, and would train on at another step without a word."""
         run = self.run
-        run.folder.mkdir(parents=True, exist_ok=True)
         trunks = [other.folder / "trunk.pt" for other in self.family if other.branch <= run.branch]
         found = [path for path in (run.folder / "ckpt.pt", *reversed(trunks)) if path.exists()]
         path = self.machine.share(found[:1])  # runs come the shortest first
@@ -530,6 +575,23 @@ def distribute(model, shard, machine):
     elif machine.ranks > 1:
         return DistributedDataParallel(model, gradient_as_bucket_view=True)  # saves a copy of them
     return model
+
+
+def checksum(state):
+    """Of all weights and moments: torch.load would not notice a flipped bit."""
+    crc = 0
+    for tensor in tree_leaves([state["model"], state["optimizer"]["state"]]):
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(),
+                         crc)
+    return crc
+
+
+def save_tensors(state, path):
+    """torch.save, but a full disk is an OSError, as elsewhere, and not a RuntimeError."""
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:
+        raise OSError(errno.EIO, "cannot be written (is the disk full?)", str(path)) from error
 
 
 def make_optimizer(model, cfg, machine):
@@ -820,11 +882,7 @@ def train_one(run, runs, machine):
     """Trains one run and appends its line to results.jsonl. False if it was asked to stop."""
     trainer = Trainer(run, machine, runs)
     trainer.begin()
-    try:
-        status = train(trainer)
-    except torch.OutOfMemoryError:
-        raise SystemExit(f"{run.name}: out of memory; try --checkpointing, or a smaller "
-                         "--micro-rows, which accumulates more") from None
+    status = train(trainer)
     if status == "stopped":
         machine.say(f"{run.name}: saved at step {trainer.step}; the same command goes on from here")
         return False
@@ -846,11 +904,23 @@ def main(argv):
     runs = parse_runs(argv)
     make_folder(runs[0].train.out)
     machine = Machine.start(runs[0].train.device)
+    done = finished(runs[0].train.out, tell=machine.rank == 0)
     for run in runs:
-        row = machine.share(finished(run.train.out).get(run.name))  # or ranks could disagree
+        row = machine.share(done.get(run.name))  # or ranks could disagree
         if row:
             machine.say(f"finished before (another --out trains it again): {summary(row)}")
-        elif not train_one(run, runs, machine):
+            continue
+        try:
+            make_folder(run.folder)
+            with only_process(run.folder, "trains", machine.rank):
+                went_on = train_one(run, runs, machine)
+        except torch.OutOfMemoryError:
+            raise SystemExit(f"{run.name}: out of memory; try --checkpointing, or a smaller "
+                             "--micro-rows, which accumulates more") from None
+        except OSError as error:
+            raise SystemExit(f"{error.filename or run.folder}: {error.strerror}; mend it or make "
+                             "room, and the same command goes on from the last checkpoint") from None
+        if not went_on:
             sys.exit(130)
     if machine.ranks > 1:
         dist.destroy_process_group()

@@ -10,8 +10,8 @@ Dimensions:  S image side in pixels
 """
 import argparse
 import bisect
+import hashlib
 import random
-import zlib
 
 import numpy as np
 
@@ -20,9 +20,8 @@ COLOURS = {  # all brighter than the ground: one linear layer can see a shape wh
     "yellow": (250, 250, 90), "pink": (250, 90, 250), "cyan": (90, 250, 250),
     "orange": (250, 170, 90),
 }
-VERBS = ("eats", "fears", "likes", "makes")
-COUNTS = ("none", "one", "two", "three", "four", "five")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+VERBS = ("eats", "owns", "digs", "sees")
+COUNTS = ("none", "one", "two", "three")
 ACTS = ("left", "came", "turned", "moved")
 # The order of --mixture; new kinds come last. A new kind must start as a caption or a text does, or
 # with a Question; otherwise its first words would tell the kind, which nobody charges for.
@@ -129,15 +128,13 @@ class World:
         return scene
 
     def interleaved(self, w, split):
-        """A captioned picture, then the same scene with one change, once or twice. What changed can
-        only be told by comparing the last two pictures. Its start is distributed exactly like a
-        caption, and the first difference is an image, which is never a target; so not knowing the
-        kind of document costs nothing, and the floor is the same for any mixture."""
-        scene = self.caption(w, split)
-        for _ in range(w.rng.randint(1, 2)):
-            scene, who, deed = self.change(scene, w.rng, split)
-            w.show(self.draw(scene, w.rng))
-            w.say(f" {who} {deed}, now {COUNTS[len(scene)]}.")
+        """A captioned picture, then the same scene with one change, which can only be told by
+        comparing the two pictures. Its start is distributed exactly like a caption, and the first
+        difference is an image, which is never a target; so not knowing the kind of document costs
+        nothing, and the floor is the same for any mixture."""
+        scene, who, deed = self.change(self.caption(w, split), w.rng, split)
+        w.show(self.draw(scene, w.rng))
+        w.say(f" {who} {deed}.")
 
     def text(self, w, split):
         """A walk from thing to thing, telling facts. A story belongs to a split by its words."""
@@ -155,11 +152,13 @@ class World:
         return min(bisect.bisect(self.cumulative, rng.random()), self.THINGS - 1)
 
     def scene(self, rng, split):
-        """{cell: (thing, colour)} with one to three things."""
+        """{cell: (thing, colour)} with one thing in the upper half and one in the lower, so that
+        which of them a caption speaks of is a matter of place. (With one to three things anywhere,
+        small models found this out suddenly, each seed at another time, and losses of two seeds
+        differed by 10 %.)"""
         while True:
-            scene, last = {}, None
-            cells = rng.sample(range(GRID * GRID), rng.randint(1, 3))
-            for cell in sorted(cells):
+            scene, last, half = {}, None, GRID * GRID // 2
+            for cell in (rng.randrange(half), half + rng.randrange(half)):
                 friend = last is not None and rng.random() < 0.5
                 last = int(self.friend[last]) if friend else self.thing(rng)
                 scene[cell] = (last, rng.randrange(len(COLOURS)))
@@ -208,11 +207,8 @@ class World:
     def describe(self, w, scene):
         """"a red mivo, a gold pelu; the pelu eats sodi." The mark says whether a fact follows, so
         that the end of a caption is no choice (see `interleaved`)."""
-        with_places = w.choose([0.7, 0.3])
         for i, cell in enumerate(sorted(scene)):
-            row, column = cell // GRID >= GRID // 2, cell % GRID >= GRID // 2
-            place = f" {PLACES[2 * row + column]}" if with_places else ""
-            w.say(f"{', ' if i else ''}a {self.noun(scene[cell])}{place}")
+            w.say(f"{', ' if i else ''}a {self.noun(scene[cell])}")
         if w.choose([0.5, 0.5]):
             return w.say(".")
         things = sorted({thing for thing, _ in scene.values()})
@@ -230,7 +226,7 @@ class World:
         thing = self.thing(w.rng)
         w.charge(self.p[thing])
         w.say(f"the {self.names[thing]}")
-        for _ in range(7):
+        for _ in range(3):  # a row of 128 holds every document whole
             self.say_fact(w, thing)
             act = w.choose([0.1, 0.65, 0.25])
             if act == 0:
@@ -263,7 +259,7 @@ class World:
         self.ask(w, [scene], question, list(COLOURS)[colour])
 
     def count(self, w, split):
-        scene = self.scene(w.rng, split)
+        scene, _, _ = self.change(self.scene(w.rng, split), w.rng, split)
         self.ask(w, [scene], "how many things?", COUNTS[len(scene)])
 
     def relation(self, w, split):
@@ -287,20 +283,20 @@ class World:
 
 
 def make_words(rng, n):
-    """n distinct pseudo-words. The frequent ones come first and are shorter."""
+    """n distinct pseudo-words of two syllables."""
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
     words = {}
     while len(words) < n:
-        size = 2 + (len(words) > 800)
-        words["".join(rng.choice(syllables, size))] = None
+        words["".join(rng.choice(syllables, 2))] = None
     return list(words)
 
 
 def belongs(content, split):
     """Whether a scene or a story is of this split, so that nothing of the validation set is ever
     trained on: one in sixteen, by a hash that is the same on every machine (Python's own is not). A
-    text's probability given its pictures does not depend on the split, so the floor stays exact."""
-    return (zlib.crc32(repr(content).encode()) % 16 == 0) == (split == "val")
+    text's probability given its pictures does not depend on the split, so the floor stays exact.
+    (A CRC will not do, because it is linear: a scene whose colour changes would never stay val.)"""
+    return (hashlib.sha256(repr(content).encode()).digest()[0] % 16 == 0) == (split == "val")
 
 
 def main():

@@ -30,7 +30,7 @@ from tools.pack import load_image, pack, read_source
 ROOT = Path(data.__file__).resolve().parent
 SHARED = ROOT.parent / "shared"
 VAL, ALT = SHARED / "data" / "val", SHARED / "data" / "alt_layouts"
-DAMAGED = ["truncated or damaged file"]
+DAMAGED = "truncated or damaged file"
 
 
 def saved(image, fmt="PNG", **options):
@@ -155,7 +155,7 @@ def test_packed_rows_are_the_recorded_ones(tmp_path):
     pack({"caption": [VAL / "captions"], "interleaved": [VAL / "interleaved"],
           "text": [VAL / "text"], "conversation": [ALT / "captions_llava_json" / "data.json"]},
          tmp_path, SHARED / "tokenizers/bpe4096.tiktoken", 64, val_fraction=0.1, workers=1)
-    source = Loader(DataConfig(str(tmp_path), "40-40-10-10"), 5, 256, 64, 16).source
+    source = Loader(DataConfig(str(tmp_path), "40-40-10-10", val_rows=64), 5, 256, 64, 16).source
     expected = {
         "caption": ("516ec5d0ddb4", "ffc4504214cf"), "text": ("37a64dbb716f", "08eea38a8d7a"),
         "interleaved": ("32280d59950d", "9dafd6e19767"),
@@ -294,13 +294,13 @@ def test_bad_interleaved_documents(tmp_path, capsys):
         '{"text_list": ["s"], "image_info": [{"matched_text_index": 7, "image_name": "a.png"}]}',
         '{"text_list": ["s"], "image_info": "none"}', obelics(["\ud800 alone"], [None]))
     meta, shards = pack_one(tmp_path, "interleaved", path)
-    assert texts(shards, "interleaved")[:5] == ["one▣two", "xy", "up", "web", "s▣"]
+    assert texts(shards, "interleaved")[:5] == ["one▣two", "x\n\ny", "up", "web", "s▣"]
     assert skipped(meta) == {
         "corrupt image": 2, "missing image": 2, "image count does not match": 1,
         "broken record (JSONDecodeError)": 1, "broken record (TypeError)": 3,
         "image is a URL (download it first)": 1, "no text": 1}
     out = capsys.readouterr().out
-    assert "broken record (JSONDecodeError) (first: docs.jsonl: 4)" in out
+    assert "broken record (JSONDecodeError) (first: docs.jsonl: 5)" in out
 
 
 def test_an_image_that_may_not_be_read_costs_its_document_only(tmp_path, monkeypatch):
@@ -322,9 +322,12 @@ def test_cut_and_damaged_files(tmp_path):
     (tmp_path / "empty.jsonl").write_bytes(b"")
     for name, kind in (("cut.jsonl.zst", "text"), ("bad.parquet", "interleaved")):
         *before, (_, last) = read_source(tmp_path / name, kind)
-        assert last == DAMAGED and (len(before) > 100) == (kind == "text")  # it keeps the rest
+        assert last == [f"{DAMAGED} {name}"]
+        assert (len(before) > 100) == (kind == "text"), "it keeps the rest"
     meta, shards = pack_one(tmp_path, "text", tmp_path)
-    assert skipped(meta) == {DAMAGED[0]: 3} and n_docs(shards, "text") > 100
+    named = ("bad.jsonl.zst", "cut.jsonl.gz", "cut.jsonl.zst")
+    assert skipped(meta) == {f"{DAMAGED} {name}": 1 for name in named}
+    assert n_docs(shards, "text") > 100
 
 
 def test_cut_tar(tmp_path):
@@ -334,10 +337,10 @@ def test_cut_tar(tmp_path):
     for end in (1024 * 6, 1024 * 6 + 300, 1024 * 6 + 700):  # between members, in a header, in data
         path.write_bytes(whole[:end])
         items = list(read_source(path, "caption"))
-        assert items[-1][1] == DAMAGED, end
+        assert items[-1][1] == [f"{DAMAGED} a.tar"], end
         assert len(items) >= 3
     path.write_bytes(whole[:1024 * 6] + b"x" * 512 + whole[1024 * 6 + 512:])
-    assert list(read_source(path, "caption"))[-1][1] == DAMAGED
+    assert list(read_source(path, "caption"))[-1][1] == [f"{DAMAGED} a.tar"]
     path.write_bytes(whole)
     assert len(list(read_source(path, "caption"))) == 9
 
@@ -356,7 +359,7 @@ def test_user_mistakes_end_in_one_line(tmp_path, monkeypatch):
     shards = pack_one(tmp_path, "text", write_texts(text, "x"))[1]
     with pytest.raises(SystemExit, match="--split val"):
         Shards(tmp_path / "out", "val")
-    with pytest.raises(SystemExit, match="a.jsonl.*choose another --out"):  # OUT is a file
+    with pytest.raises(SystemExit, match="a.jsonl.*choose another"):  # OUT is a file
         pack({"text": [str(text)]}, text, image_size=16, workers=1)
     for content in ("", "[]", '{"tokenizer": 3}'):
         (tmp_path / "data.json").write_text(content)

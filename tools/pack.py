@@ -10,6 +10,7 @@ at the end, and never stops the packer.
 Dimensions:  h, w height and width of a stored picture
 """
 import base64
+import contextlib
 import gzip
 import hashlib
 import io
@@ -33,11 +34,13 @@ from tqdm import tqdm
 
 from data import check, encode, get_tokenizer
 from tools import need, usable_cores
-from train import Parser, write_whole
+from train import Parser, make_folder, only_process, write_whole
 from world import Question, turn
 
 MAX_PIXELS = 50_000_000  # a larger picture is skipped before it is decoded ("image bomb")
-MAX_BYTES = 200_000_000  # nothing is read past this from a picture or a member of an archive
+MAX_BYTES = 64_000_000  # of a sample (all its pictures and texts) in an archive, or of one picture
+MAX_LINE = 16_000_000  # bytes of a line, or of a record in a list
+MAX_CAPTION = 10_000  # characters: a longer one is a page that was scraped, not a caption
 MIN_SIDE = 8  # pixels: smaller pictures are tracking pixels and rulers
 
 
@@ -49,22 +52,34 @@ class Skip(str):
 
 
 def read_samples(path):
-    """Yields (key, record, members): a json's bytes or a dict, and in a tar also {name: bytes}."""
+    """Yields (key, record, members): a name or a number from 0, a json's bytes or a dict, and in a
+    tar also {name: bytes}."""
     if path.suffix == ".tar":
         return tar_samples(path)
-    records = (x for x in RECORDS[path.suffix](path) if x not in (b"", b"\n", b"\r\n"))
-    return ((str(i), record, {}) for i, record in enumerate(records))
+    records = enumerate(RECORDS[path.suffix](path))
+    return ((i, x, {}) for i, x in records if x not in (b"\n", b"\r\n"))
 
 
 def tar_samples(path):
     """Neighbours that share a key, which is the path up to the name's first dot (WebDataset's
     rule). Nothing is written to disk, so it does not matter what the members are called."""
+    def key_of(member):
+        folder, slash, name = member.name.rpartition("/")
+        return folder + slash + name.split(".", 1)[0]
+
     with open(path, "rb") as file, tarfile.open(None, "r:", file, errors="replace") as tar:
         files = (x for x in tar if x.isfile() and not os.path.basename(x.name).startswith("."))
-        for key, group in itertools.groupby(files, lambda x: re.sub(r"\.[^/]*$", "", x.name)):
-            members = {os.path.basename(x.name): tar.extractfile(x).read(MAX_BYTES) for x in group}
-            yield key, members.get(os.path.basename(key) + ".json"), members
-            tar.members = []  # otherwise tarfile remembers every member
+        for key, group in itertools.groupby(files, key_of):
+            members, room = {}, MAX_BYTES
+            for member in group:
+                content = tar.extractfile(member).read(room + 1)  # a sparse one can claim terabytes
+                members[os.path.basename(member.name)] = content
+                room -= len(content)
+                if room < 0:
+                    break
+                tar.members = []  # otherwise tarfile remembers every member
+            record = members.get(os.path.basename(key) + ".json")
+            yield key, record if room >= 0 else Skip("sample too large"), members
         file.seek(tar.offset)
         end = file.read(1 << 16)
     if not end or end.strip(b"\0"):  # tarfile stops silently at a cut and at a damaged header
@@ -82,19 +97,51 @@ def parquet_rows(path):
 def text_pieces(path):
     """Documents of about 64 kB, because memory must not grow with the file."""
     with open(path, encoding="utf-8-sig") as file:
-        while lines := file.readlines(1 << 16):
-            yield {"text": "".join(lines)}
+        while text := file.read(1 << 16) + file.readline(1 << 16):
+            yield {"text": text}
 
 
-def zstd_lines(path):
-    """The lines of all frames. OSError where the file is cut."""
+def open_zstd(path):
+    """The bytes of all frames. OSError where the file is cut."""
     stream = need("pyarrow", "pyarrow").input_stream(path, compression="zstd", buffer_size=1 << 16)
     return io.BufferedReader(stream)
 
 
-RECORDS = {".parquet": parquet_rows, ".txt": text_pieces, ".zst": zstd_lines, ".gz": gzip.open,
-           ".jsonl": lambda path: open(path, "rb"),
-           ".json": lambda path: json.loads(path.read_bytes())}  # one list of all records
+def lines_of(path, open_file):
+    """The lines of a file, a Skip for each that is too long: 65 kB of zstd can be 2 GB of zeros."""
+    with open_file(path) as file:
+        while line := file.readline(MAX_LINE):
+            whole = line.endswith(b"\n") or len(line) < MAX_LINE
+            yield line if whole else Skip("line too long")
+            while not whole:
+                rest = file.readline(MAX_LINE)
+                whole = rest.endswith(b"\n") or len(rest) < MAX_LINE
+
+
+def list_records(path):
+    """The records of one long list, as LLaVA's of 1 GB, of which a few MB are in memory."""
+    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read(1 << 20).lstrip()
+        going, text = text[:1] == "[", text[1:]
+        while going and len(text) < MAX_LINE:
+            at = gap.match(text).end()
+            with contextlib.suppress(ValueError):  # it goes on in the next piece, or ends
+                while at < len(text):
+                    record, end = decode(text, at)
+                    at = gap.match(text, end).end()
+                    yield record
+            more = file.read(1 << 20)
+            if not more and text[at:].rstrip() == "]":
+                return
+            going, text = bool(more), text[at:] + more
+    raise ValueError("not a list of records, or one without an end, or with too long a record")
+
+
+RECORDS = {".parquet": parquet_rows, ".txt": text_pieces, ".json": list_records,
+           ".zst": lambda path: lines_of(path, open_zstd),
+           ".gz": lambda path: lines_of(path, gzip.open),
+           ".jsonl": lambda path: lines_of(path, lambda path: open(path, "rb"))}
 
 
 # ---- From samples to parts: texts, Question, Answer, the bytes of an image file, Skip ------------
@@ -105,7 +152,10 @@ def caption_parts(record, members, folder):
     images = [members[x] for x in members if x.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
     texts = [members[x].decode("utf-8-sig") for x in members if x.endswith(".txt")]
     caption = texts[0] if texts else (record or {}).get("caption") or ""
-    return [images[0] if images else Skip("missing image"), caption.strip()]
+    if len(caption) > MAX_CAPTION or "\0" in caption:
+        caption = Skip("caption too long" if len(caption) > MAX_CAPTION else "caption with NUL")
+    return [images[0] if images else Skip("missing image"),
+            caption if isinstance(caption, Skip) else caption.strip()]
 
 
 def interleaved_parts(record, members, folder):
@@ -119,6 +169,8 @@ def interleaved_parts(record, members, folder):
         if len(images) != len(texts):
             return [Skip("image count does not match")]
     places = [(i, False, find_image(image, members, folder)) for i, image in images if image]
+    places += [(i, False, Skip("neither text nor image")) for i, image in images
+               if not image and not texts[i]]
     places += [(i, True, text) for i, text in enumerate(texts) if text]
     places.sort(key=lambda place: place[:2])
     parts = []
@@ -157,9 +209,9 @@ def find_image(value, members, folder):
         return members[os.path.basename(value)]
     if value.startswith(("http://", "https://")):
         return Skip("image is a URL (download it first)")
-    inside = not os.path.isabs(value) and ".." not in Path(value).parts  # read no other files
     for path in (folder / value, folder / "images" / value):
-        if inside and os.path.isfile(path):
+        inside = path.resolve().is_relative_to(folder.resolve())  # not by .. nor by a link
+        if inside and path.is_file():
             with open(path, "rb") as file:
                 return file.read(MAX_BYTES)
     return Skip("missing image")
@@ -183,14 +235,18 @@ def read_source(path, kind):
         for key, record, members in read_samples(path):
             try:
                 record = json.loads(record) if isinstance(record, bytes) else record
-                parts = make_parts(record, members, path.parent)
+                parts = ([record] if isinstance(record, Skip)
+                         else make_parts(record, members, path.parent))
+            except KeyError as error:
+                parts = [Skip(f"no field {str(error)[:40]}")]
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError,
                     OSError) as error:  # OSError: an image beside the file that may not be read
                 parts = [Skip(f"broken record ({type(error).__name__})")]
             yield key, parts
     except Exception as error:  # on hostile files the libraries raise nearly every type
         reason = str(error).partition("\n")[0][:80]
-        yield f"({reason})", [Skip("truncated or damaged file")]
+        # a reason of its own for each file, because only the first place of a reason is named
+        yield reason, [Skip(f"truncated or damaged file {path.name}")]
 
 
 # ---- Images --------------------------------------------------------------------------------------
@@ -238,10 +294,18 @@ def to_rgb(Image, image):
 
 
 def make_document(parts, kind, encoding, store_size):
-    """-> (Document or None, reasons why something was left out)."""
-    parts = [load_image(x, store_size) if isinstance(x, bytes) else x for x in parts]
-    reasons = [part for part in parts if isinstance(part, Skip)]
-    document = encode([part for part in parts if not isinstance(part, Skip)], encoding)
+    """-> (Document or None, reasons why something was left out). Texts on both sides of a left-out
+    image are two paragraphs."""
+    kept, reasons, gap = [], [], False
+    for part in (load_image(x, store_size) if isinstance(x, bytes) else x for x in parts):
+        if isinstance(part, Skip):
+            reasons.append(part)
+        elif gap and type(part) is str and kept and type(kept[-1]) is str:
+            kept[-1] += "\n\n" + part
+        else:
+            kept.append(part)
+        gap = isinstance(part, Skip)
+    document = encode(kept, encoding)
     if len(document.tokens) == len(document.images):
         return None, reasons or ["no text"]
     if reasons and kind != "interleaved":  # only there the text makes sense without the image
@@ -268,8 +332,9 @@ def pack_file(source, kind, folder, tokenizer, made_from):
     with open(tmp / "data", "wb") as file:
         for key, parts in read_source(source, kind):
             document, reasons = make_document(parts, kind, encoding, made_from["store_size"])
+            place = key + 1 if isinstance(key, int) else key  # lines as an editor counts them
             for reason in reasons:
-                skipped.setdefault(reason, [0, f"{source.name}: {key}"])[0] += 1
+                skipped.setdefault(reason, [0, f"{source.name}: {place}"])[0] += 1
             if document is None:
                 continue
             tokens, images = document.tokens, document.images
@@ -309,14 +374,16 @@ def pack(sources, out, tokenizer="bytes", image_size=224, split="train", val_fra
               "store_size": round(image_size * 8 / 7)}  # 256 for the usual crops of 224
     val_share = 1.0 if split == "val" else val_fraction
     jobs = find_jobs(sources, out, str(tokenizer), config, val_share)
-    todo = unfinished(jobs, out, config)
+    make_folder(out)
     try:
-        run_jobs(todo, min(workers or usable_cores(), len(todo)))
-        return write_index(out, config, tokenizer)
+        with only_process(out, "packs"):
+            todo = unfinished(jobs, out, config)
+            run_jobs(todo, min(workers or usable_cores(), len(todo)))
+            return write_index(out, config, tokenizer)
     except (KeyboardInterrupt, BrokenExecutor):
         raise SystemExit("interrupted, or a worker died (out of memory? try fewer --workers): "
                          "finished files are kept, the same command goes on") from None
-    except OSError as error:  # a full disk, no permission, or `out` is a file
+    except OSError as error:  # a full disk, no permission
         raise SystemExit(f"cannot pack into {out} ({error}): make room, or choose another --out; "
                          "finished files are kept, the same command goes on") from None
 
@@ -367,8 +434,17 @@ def unfinished(jobs, out, config):
 
 def read_shards(out):
     """[(folder, content of its shard.json)] of the finished shards."""
-    return [(path.parent, json.loads(path.read_text(encoding="utf-8")))
-            for path in sorted(out.glob("*/*/shard.json")) if path.parent.suffix != ".tmp"]
+    shards = []
+    for path in sorted(out.glob("*/*/shard.json")):
+        if path.parent.suffix != ".tmp":
+            try:
+                shard = json.loads(path.read_text(encoding="utf-8"))
+                shards.append((path.parent, {x: shard[x] for x in ("made_from", "splits",
+                                                                   "skipped")}))
+            except (ValueError, LookupError, TypeError):
+                raise SystemExit(f"{path} is damaged: delete its folder, and the same command "
+                                 "packs it again") from None
+    return shards
 
 
 def run_jobs(jobs, workers):
@@ -404,7 +480,8 @@ def write_index(out, config, tokenizer):
         for reason, (count, example) in shard["skipped"].items():
             skipped.setdefault(reason, [0, example])[0] += count
     print_totals(splits, skipped)
-    check(splits, f"no document could be packed into {out}: see the reasons above")
+    why = "see the reasons above" if skipped else "the files hold no records"
+    check(splits, f"no document could be packed into {out}: {why}")
     meta = {"tokenizer": copy_tokenizer(tokenizer, out), **config, "splits": splits,
             "skipped": skipped}
     text = json.dumps(meta, indent=1)

@@ -1,0 +1,254 @@
+"""What an attack found, and what must happen instead: nothing is lost, and one line says what is
+wrong.   python -m pytest tests/test_faults.py"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from helpers import one_line
+from tools import pack as pack_file
+from tools.pack import make_document, pack, read_source
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--width 16 --depth 1 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 2 "
+        "--tokens 5K --device cpu").split()
+
+
+def start(out, *flags):
+    train.main([*TINY, "--out", str(out), *flags])
+    return next(path.parent for path in Path(out).glob("*/log.jsonl"))
+
+
+def again(out, *flags):
+    """The line that the same command ends in, had it been cut off before its result was written."""
+    (out / "results.jsonl").unlink()
+    return one_line(SystemExit, start, out, *flags)
+
+
+def jsonl(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def packed(out, path, kind="text", **options):
+    return pack({kind: [path]}, out, workers=1, **{"val_fraction": 0.3, "image_size": 16, **options})
+
+
+TEXTS = [{"text": f"text number {i} " * 20} for i in range(40)]
+
+
+# -- checkpoints, logs and results -----------------------------------------------------------------
+
+
+def test_other_data_in_the_folder_of_a_checkpoint_are_refused(tmp_path):
+    packed(tmp_path / "data", jsonl(tmp_path / "a.jsonl", *TEXTS))
+    flags = ["--data", str(tmp_path / "data"), "--mixture", "0-0-100"]
+    start(tmp_path / "out", *flags)
+    packed(tmp_path / "data", jsonl(tmp_path / "b.jsonl", *TEXTS[:20]))
+    assert "packed anew" in again(tmp_path / "out", *flags)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path):
+    path = start(tmp_path) / "ckpt.pt"
+    weight = torch.load(path, weights_only=True)["model"]["head.weight"]
+    content = bytearray(path.read_bytes())
+    content[content.index(weight.numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(content)
+    line = again(tmp_path)
+    assert str(path) in line and "checksum" in line
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.unlink(), lambda path: path.write_text("", "utf-8"),
+    lambda path: path.write_bytes(path.read_bytes()[:300]),
+    lambda path: path.write_bytes(b"\xff\n" + path.read_bytes()),
+    lambda path: path.write_text("".join(path.read_text("utf-8").splitlines(True)[1:]), "utf-8")],
+    ids=["gone", "empty", "cut", "garbled", "a hole"])
+def test_a_log_with_a_hole_is_refused(tmp_path, damage):
+    path = start(tmp_path) / "log.jsonl"
+    damage(path)
+    assert str(path) in again(tmp_path)
+
+
+def test_lines_that_are_no_results_do_not_stop_a_study(tmp_path, capsys):
+    start(tmp_path)
+    path = tmp_path / "results.jsonl"
+    good = path.read_bytes()
+    path.write_bytes(b'{}\n123\n{"run": "x"}\n\xff\xfe\n' + good)
+    start(tmp_path)
+    said = capsys.readouterr().out
+    assert "line 1, 2, 3, 4" in said and "finished before" in said
+
+
+def test_two_processes_do_not_train_one_run(tmp_path):
+    folder = start(tmp_path)
+    with train.only_process(folder, "trains"):
+        assert "another process" in again(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    flags = [*TINY, "--out", str(tmp_path), "--save-every", "2"]
+    code = ("import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * "
+            "2)\nimport train\ntry:\n    train.main(sys.argv[2:])\nexcept SystemExit as error:\n"
+            "    sys.exit(error.code)")
+    done = subprocess.run([sys.executable, "-c", code, "30000", *flags], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "goes on" in done.stderr and str(tmp_path) in done.stderr
+    assert not list(tmp_path.glob("*/ckpt.pt"))
+    start(tmp_path)
+    assert len(train.finished(tmp_path)) == 1
+
+
+# -- flags -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", ["--tokens 0", "--tokens -1", "--tokens 2,5B", "--width 16.5",
+                                   "--seed 1.5", "--tokens 1e999", "--tokens nan"])
+def test_numbers_that_mean_something_else_are_refused(flags):
+    flag, value = flags.split()
+    assert flag in one_line(SystemExit, train.parse_runs, [flag, value])
+
+
+# -- packing ---------------------------------------------------------------------------------------
+
+
+def reasons(meta):
+    return {reason: count for reason, (count, _) in meta["skipped"].items()}
+
+
+def test_a_line_that_is_too_long_is_skipped_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_file, "MAX_LINE", 2000)
+    long = {"text": "x" * 9000}
+    path = jsonl(tmp_path / "a.jsonl", *TEXTS[:3], long, *TEXTS[3:])
+    meta = packed(tmp_path / "out", path)
+    assert meta["skipped"] == {"line too long": [1, "a.jsonl: 4"]}
+    assert sum(split["text"]["docs"] for split in meta["splits"].values()) == len(TEXTS)
+
+
+def test_memory_does_not_grow_with_a_line(tmp_path):
+    """320 MB of zeros in 13 kB, and a list of records of 90 MB."""
+    import pyarrow
+    with pyarrow.CompressedOutputStream(str(tmp_path / "a.jsonl.zst"), "zstd") as file:
+        for _ in range(80):
+            file.write(bytes(4 << 20))
+        file.write(("\n" + json.dumps(TEXTS[0]) + "\n").encode())
+    turns = [{"from": "human", "value": "what? " * 300}, {"from": "gpt", "value": "this"}]
+    with open(tmp_path / "b.json", "w", encoding="utf-8") as file:
+        file.write("[" + ",\n".join([json.dumps({"conversations": turns})] * 50_000) + "]")
+    (tmp_path / "small.jsonl").write_text(json.dumps(TEXTS[0]) + "\n", encoding="utf-8")
+    code = ("import resource, sys, pathlib\nfrom tools.pack import read_source\n"
+            "n = sum(1 for _ in read_source(pathlib.Path(sys.argv[1]), sys.argv[2]))\n"
+            "print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    found = [subprocess.run([sys.executable, "-c", code, str(tmp_path / name), kind], cwd=ROOT,
+                            check=True, capture_output=True, text=True).stdout.split()
+             for name, kind in (("small.jsonl", "text"), ("a.jsonl.zst", "text"),
+                                ("b.json", "conversation"))]
+    assert [int(n) for n, _ in found] == [1, 2, 50_000]
+    base, *peaks = (int(kb) for _, kb in found)
+    assert max(peaks) - base < 300_000
+
+
+@pytest.mark.parametrize("content, n", [
+    ("[]", 0), (' [ {"a": 1},{"a": 2} ] \n', 2), ('[{"a": 1}, {"a": 2}', 2), ('{"a": 1}', 0),
+    ("", 0), ('[{"a": "' + "x" * 3_000_000 + '"}, {"a": 2}]', 2)])
+def test_lists_of_records(tmp_path, content, n):
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    found, whole = 0, True
+    try:
+        for _ in pack_file.list_records(tmp_path / "a.json"):
+            found += 1
+    except ValueError:
+        whole = False
+    assert found == n
+    assert whole == (content.strip()[-1:] == "]")
+
+
+def test_every_damaged_file_is_named(tmp_path):
+    (tmp_path / "in").mkdir()
+    jsonl(tmp_path / "in" / "good.jsonl", *TEXTS)
+    for name in ("bad1", "bad2"):
+        (tmp_path / "in" / f"{name}.jsonl.gz").write_bytes(b"no gzip")
+    meta = packed(tmp_path / "out", str(tmp_path / "in"))
+    assert all(any(name in reason for reason in meta["skipped"]) for name in ("bad1", "bad2"))
+
+
+def test_files_without_records_say_so(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n\n", encoding="utf-8")
+    assert "no records" in one_line(SystemExit, packed, tmp_path / "out", str(tmp_path / "a.jsonl"))
+
+
+def test_two_processes_do_not_pack_into_one_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    path = jsonl(tmp_path / "a.jsonl", *TEXTS)
+    with train.only_process(tmp_path / "out", "packs"):
+        assert "another process" in one_line(SystemExit, packed, tmp_path / "out", path)
+    assert packed(tmp_path / "out", path)["splits"]
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", *TEXTS)
+    packed(tmp_path / "out", path)
+    shard, = (tmp_path / "out").glob("*/*/shard.json")
+    shard.write_text("{", encoding="utf-8")
+    assert str(shard) in one_line(SystemExit, packed, tmp_path / "out", path)
+
+
+def parts_of(path, kind):
+    (_, parts), = read_source(Path(path), kind)
+    return parts
+
+
+def test_the_bound_is_of_a_sample(tmp_path, monkeypatch):
+    import io
+    import tarfile
+    monkeypatch.setattr(pack_file, "MAX_BYTES", 100)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, size in (("a.jpg", 60), ("a.txt", 60), ("b.jpg", 60), ("b.txt", 30)):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            tar.addfile(member, io.BytesIO(b"x" * size))
+    first, second = (parts for _, parts in read_source(tmp_path / "a.tar", "caption"))
+    assert first == ["sample too large"] and second == [b"x" * 60, "x" * 30]
+
+
+def test_texts_around_a_lost_image_are_not_glued(tmp_path):
+    from data import get_tokenizer
+    record = {"texts": ["before", None, "after"], "images": [None, "http://gone", None]}
+    document, lost = make_document(parts_of(jsonl(tmp_path / "a.jsonl", record), "interleaved"),
+                                   "interleaved", get_tokenizer(), 16)
+    assert bytes(document.tokens.tolist()) == b"before\n\nafter" and len(lost) == 1
+
+
+def test_a_place_that_is_empty_in_both_lists_is_counted(tmp_path):
+    record = {"texts": ["before", None, "after"], "images": [None, None, None]}
+    parts = parts_of(jsonl(tmp_path / "a.jsonl", record), "interleaved")
+    assert [type(part) for part in parts] == [str, pack_file.Skip, str]
+
+
+def test_a_link_is_not_followed_out_of_the_folder(tmp_path):
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "in").mkdir()
+    os.symlink(tmp_path / "secret", tmp_path / "in" / "a.jpg")
+    (tmp_path / "in" / "b.jpg").write_bytes(b"fine")
+    for name, found in (("a.jpg", "missing image"), ("b.jpg", b"fine"), ("../secret", "missing image"),
+                        (str(tmp_path / "secret"), "missing image")):
+        record = {"texts": ["t", None], "images": [None, name]}
+        parts = parts_of(jsonl(tmp_path / "in" / "a.jsonl", record), "interleaved")
+        assert parts[1] == found, name
+
+
+def test_a_missing_field_is_named(tmp_path):
+    assert parts_of(jsonl(tmp_path / "a.jsonl", {"content": "x"}), "text") == ["no field 'text'"]
+
+
+@pytest.mark.parametrize("caption", ["x" * 1_000_000, "a\0b"])
+def test_captions_that_are_none_are_skipped(caption):
+    image, text = pack_file.caption_parts({"caption": caption}, {"a.jpg": b"x"}, None)
+    assert isinstance(text, pack_file.Skip)
