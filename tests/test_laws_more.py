@@ -187,3 +187,24 @@ def test_figures(groups, resamples, tmp_path):
     figures.main([write_table(tmp_path / "t.csv", groups), *flags])
     for name in ("laws_more", "residuals"):
         assert (tmp_path / "new" / f"{name}.png").stat().st_size > 20_000
+
+
+def test_the_multiplier_of_a_planted_pair(tmp_path, capsys):
+    """The second group learns from N and D as the first does from N / 2 and D / 2: it needs four
+    times the compute, at every budget."""
+    from tools import multiplier
+    rows = []
+    for fusion, waste in (("early", 1), ("late", 2)):
+        for N in (1e4, 3e4, 1e5, 3e5):
+            for D in (1e6, 4e6, 1.6e7):
+                loss = 0.09 + 300 * (waste / N) ** 0.8 + 400 * (waste / D) ** 0.6
+                rows.append({"N": N, "D": D, "loss": loss, "floor": 0.09, "fusion": fusion})
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    multiplier.main([str(path), "--compare", "early", "late", "--bootstrap", "20"])
+    said = capsys.readouterr().out
+    found = [float(line.split(": ")[1].split()[0]) for line in said.splitlines() if "FLOPs:" in line]
+    assert found == pytest.approx([4, 4, 4], abs=0.01)
+    errors = [line for line in said.splitlines() if "mean error" in line]
+    assert len(errors) == 2 and all("mean error +0.0 %" in line or "-0.0 %" in line
+                                    for line in errors)

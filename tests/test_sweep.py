@@ -142,7 +142,7 @@ def test_every_resolution_reads_the_same_text(capsys):
                                    "40K").split())
     small, = train.parse_runs(["--tokens", "40K"])
     text, images = zip(*(sizes.positions(run.data, run.model) for run in (small, large)))
-    assert large.steps == small.steps and images[1] > 2 * images[0]
+    assert large.steps == small.steps and images[1] > 1.9 * images[0]
     assert text[0] == pytest.approx(text[1], rel=0.02)
 
 

@@ -125,13 +125,16 @@ def test_finished_runs_are_skipped(tmp_path, capsys):
 
 
 def test_half_a_line_of_results_is_passed_over_and_ended(tmp_path):
-    (tmp_path / "results.jsonl").write_text('{"run": "a"}\n{"run": "b", "lo', encoding="utf-8")
-    train.append_result(tmp_path, {"run": "c"})
+    row = {"run": "a", "status": "ok", "loss": 1.0, "tok_per_s": 9}
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(row) + '\n{"run": "b", "lo', encoding="utf-8")
+    train.append_result(tmp_path, {**row, "run": "c"})
     assert set(train.finished(tmp_path)) == {"a", "c"}
 
 
 def test_rows_that_are_written_at_once_do_not_mix(tmp_path):
-    rows = [{"run": str(i), "text": "x" * 3000} for i in range(64)]
+    rows = [{"run": str(i), "status": "ok", "loss": 1.0, "tok_per_s": 9, "text": "x" * 3000}
+            for i in range(64)]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda row: train.append_result(tmp_path, row), rows))
     assert len(train.finished(tmp_path)) == 64
@@ -181,7 +184,7 @@ def test_learning_rates_between_and_beyond_the_papers_widths():
     assert lr("--width", "400") == pytest.approx(1.5e-3)
     assert 5e-4 < lr("--width", "1344") < 1.5e-3  # half way from 1088 to 1632
     assert lr("--width", "1360", "--lr", "1e-4") == 1e-4
-    assert run_of("--width", "32").train.lr == 0.19 / 32
+    assert run_of("--width", "64").train.lr == 0.003
 
 
 def test_decay_is_fully_decoupled():

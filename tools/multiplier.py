@@ -1,0 +1,91 @@
+"""One number that a user can act on: how much compute one family of models saves over another.
+
+    python -m tools.multiplier results/laptop_study.jsonl --compare "early learned" early
+
+At each of three budgets C (or those of --budget) it asks which loss the first group's best model
+reaches, and how many FLOPs the second group's best model needs for the same loss. That over C is
+the effective compute multiplier: 2 means that the second group has to spend twice as much. Both
+laws are fitted with E held at the true floor, which only the procedural world knows, because a free
+E decides the answer where the frontier flattens. Below it stands the rollout: a law of the sizes up
+to each width predicts the next width's losses. The other flags are those of fit_laws.py.
+"""
+# Dimensions: n rows (runs), K resamples.
+import sys
+
+import numpy as np
+from scipy.optimize import brentq
+
+from fit_laws import (build_problem, check, draw_weights, fit_law, gather, interval, minimise,
+                      optimum, parse_args, predict, projected_starts, screen, span)
+
+DELTA = 1e-3  # of the Huber loss
+
+
+def fit_above_floor(runs, weights):
+    """Runs, resamples (K,n) -> coef (5,) and (K,5) of laws whose E is the true floor."""
+    check(runs.floor > 0, f"{runs.name}: no true floor in the table; only the procedural world "
+          "knows it")
+    problem = build_problem(runs, DELTA)
+    bounds = [(None, None)] * 5
+    bounds[2] = (np.log(runs.floor),) * 2
+    starts = projected_starts(problem)
+    starts[:, 2] = bounds[2][0]
+    best = minimise(problem, screen(problem, starts), bounds=bounds).x
+    draws = [minimise(problem, [best], weight, bounds).x for weight in weights]
+    return best @ problem.centring, np.reshape(draws, (-1, 5)) @ problem.centring
+
+
+def multiplier(one, two, C, visions):
+    """coef (5,) of two laws -> the FLOPs, over C, at which the second's frontier reaches the loss
+    that the first's reaches at C; NaN where it never does."""
+    goal = optimum(one, C, visions[0])[2]
+
+    def gap(log_ratio):
+        return optimum(two, C * np.exp(log_ratio), visions[1])[2] - goal
+    if not np.isfinite(goal) or not gap(-12) > 0 > gap(12):
+        return np.nan
+    return np.exp(brentq(gap, -12, 12))
+
+
+def print_multipliers(studies, args):
+    """A line for each budget, with its 95 % interval over resamples of the runs."""
+    found = {s.runs.name: s for s in studies}
+    for name in args.compare:
+        check(name in found, f"--compare: no group {name!r}; groups: {', '.join(found)}")
+    pair = [found[name] for name in args.compare]
+    visions = [s.runs.vision for s in pair]
+    laws = [fit_above_floor(s.runs, draw_weights(np.arange(len(s.runs.N)), args.bootstrap, [1, i]))
+            for i, s in enumerate(pair)]
+    low = max(s.runs.C.min() ** 0.5 * s.runs.C.max() ** 0.5 for s in pair)
+    high = min(s.runs.C.max() for s in pair)
+    print("\ncompute that {1} needs to reach the loss of {0}, over that of {0}".format(*args.compare))
+    for C in args.budget or np.geomspace(low, high, 3):
+        value = multiplier(laws[0][0], laws[1][0], C, visions)
+        draws = [multiplier(a, b, C, visions) for a, b in zip(laws[0][1], laws[1][1])]
+        print(f"  at {C:.2g} FLOPs: {value:.2f} {span(interval(np.array(draws)), '.2f')}")
+
+
+def print_rollout(runs):
+    """How well a law of the smaller sizes predicts the next one."""
+    sizes = np.unique(runs.N)
+    for following, last in zip(sizes[3:], sizes[2:]):
+        coef = fit_law(runs.rows(runs.N <= last)).coef
+        test = runs.rows(runs.N == following)
+        error = 100 * (predict(coef, test.N, test.D) / test.L - 1)
+        print(f"  {runs.name}: from N <= {last:,.0f} to {following:,.0f}: mean error "
+              f"{error.mean():+.1f} %, largest {error[np.abs(error).argmax()]:+.1f} %")
+
+
+def main(argv=None):
+    args = parse_args(argv, __doc__)
+    notes, studies = gather(args)
+    print("\n".join(notes))
+    if args.compare:
+        print_multipliers(studies, args)
+    print("\nrollout")
+    for s in studies:
+        print_rollout(s.runs)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
