@@ -434,7 +434,7 @@ def gather(table, index):
     """table (N,W), index int64 of any shape (...) -> its rows (...,W)."""
     if table.is_cuda:  # F.embedding's backward has a race there (pytorch pull request 187687)
         return table.index_select(0, index.flatten()).unflatten(0, index.shape)
-    return F.embedding(index, table)  # on a CPU its backward is far faster than that of table[index]
+    return F.embedding(index, table)  # on a CPU its backward is far faster than table[index]'s
 
 
 def head_loss(x, weight, targets, max_logits=2 ** 27):

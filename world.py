@@ -183,8 +183,7 @@ class World:
 
     def any_change(self, scene, rng):
         free = rng.choice([c for c in range(GRID * GRID) if c not in scene])
-        act = rng.choice(ACTS) if scene else "came"
-        cell = rng.choice(sorted(scene)) if scene else free
+        act, cell = rng.choice(ACTS), rng.choice(sorted(scene))
         if act == "came":
             scene[free] = (self.thing(rng), rng.randrange(len(COLOURS)))
             return scene, f"a {self.noun(scene[free])}", act

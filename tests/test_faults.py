@@ -36,7 +36,8 @@ def jsonl(path, *records):
 
 
 def packed(out, path, kind="text", **options):
-    return pack({kind: [path]}, out, workers=1, **{"val_fraction": 0.3, "image_size": 16, **options})
+    options = {"val_fraction": 0.3, "image_size": 16, **options}
+    return pack({kind: [path]}, out, workers=1, **options)
 
 
 TEXTS = [{"text": f"text number {i} " * 20} for i in range(40)]
@@ -237,7 +238,8 @@ def test_a_link_is_not_followed_out_of_the_folder(tmp_path):
     (tmp_path / "in").mkdir()
     os.symlink(tmp_path / "secret", tmp_path / "in" / "a.jpg")
     (tmp_path / "in" / "b.jpg").write_bytes(b"fine")
-    for name, found in (("a.jpg", "missing image"), ("b.jpg", b"fine"), ("../secret", "missing image"),
+    for name, found in (("a.jpg", "missing image"), ("b.jpg", b"fine"),
+                        ("../secret", "missing image"),
                         (str(tmp_path / "secret"), "missing image")):
         record = {"texts": ["t", None], "images": [None, name]}
         parts = parts_of(jsonl(tmp_path / "in" / "a.jsonl", record), "interleaved")

@@ -203,7 +203,8 @@ def test_the_multiplier_of_a_planted_pair(tmp_path, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     multiplier.main([str(path), "--compare", "early", "late", "--bootstrap", "20"])
     said = capsys.readouterr().out
-    found = [float(line.split(": ")[1].split()[0]) for line in said.splitlines() if "FLOPs:" in line]
+    found = [float(line.split(": ")[1].split()[0])
+             for line in said.splitlines() if "FLOPs:" in line]
     assert found == pytest.approx([4, 4, 4], abs=0.01)
     errors = [line for line in said.splitlines() if "mean error" in line]
     assert len(errors) == 2 and all("mean error +0.0 %" in line or "-0.0 %" in line

@@ -56,7 +56,7 @@ def two_documents(rows, length, device):
     return doc, torch.where(at % (length // 2) < length // 4, doc, -1)
 
 
-# ---- Right: a number is a distance, which must stay below LIMIT; a text is only told --------------
+# ---- Right: a number is a distance, which must stay below LIMIT; a text is only told -------------
 
 
 def check_attention(run, machine):
@@ -183,7 +183,8 @@ def speed(run, machine):
 def main(argv=None):
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
-        return print(__doc__)
+        print(__doc__)
+        raise SystemExit
     cuda = torch.cuda.is_available()
     if cuda and "--preset" not in words:
         words += ["--preset", "275m"]
@@ -202,7 +203,8 @@ def main(argv=None):
             sharded = partial(ranked, ranks=ranks, flags=["--shard"])
             checks[f"{ranks} ranks, sharded"] = sharded, "(no --shard)"
         print(f"torch {torch.__version__}, {machine.name}, {max(1, ranks * cuda)} of them")
-        avoid = [flag for name, (work, flag) in checks.items() if not fine(name, work, run, machine)]
+        avoid = [flag for name, (work, flag) in checks.items()
+                 if not fine(name, work, run, machine)]
     launch = f"torchrun --standalone --nproc_per_node {ranks}" if cuda and ranks > 1 else "python"
     print(f"train with: {launch} train.py {' '.join([*words, *avoid])}")
     if avoid:
@@ -212,17 +214,13 @@ def main(argv=None):
 def fine(name, work, run, machine):
     """Runs one check and prints its line. False where it found a fault."""
     try:
-        found = work(run, machine)
+        found, good = work(run, machine), True
     except (Exception, SystemExit) as error:  # a compiler's errors are of nearly every type
-        found = "does not run: " + " ".join(str(error).split())[-200:]
-        print(f"{name}: {found}")
-        return False
-    if isinstance(found, float):
-        good = found <= LIMIT  # NaN is a fault, too
-        print(f"{name}: differs by {found:.5f} (limit {LIMIT})")
-        return good
+        found, good = "does not run: " + " ".join(str(error).split())[-200:], False
+    if isinstance(found, float):  # NaN is a fault, too
+        found, good = f"differs by {found:.5f} (limit {LIMIT})", found <= LIMIT
     print(f"{name}: {found}")
-    return True
+    return good
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def print_multipliers(studies, args):
             for i, s in enumerate(pair)]
     low = max(s.runs.C.min() ** 0.5 * s.runs.C.max() ** 0.5 for s in pair)
     high = min(s.runs.C.max() for s in pair)
-    print("\ncompute that {1} needs to reach the loss of {0}, over that of {0}".format(*args.compare))
+    one, two = args.compare
+    print(f"\ncompute that {two} needs to reach the loss of {one}, over that of {one}")
     for C in args.budget or np.geomspace(low, high, 3):
         value = multiplier(laws[0][0], laws[1][0], C, visions)
         draws = [multiplier(a, b, C, visions) for a, b in zip(laws[0][1], laws[1][1])]
