@@ -555,7 +555,8 @@ def draw(studies, path):
             ax.plot(C, predict(coef, N, tokens), label=f"N = {N:.3g}")
         C = np.geomspace(runs.C.min() / 10, runs.C.max() * 10, 90)
         ax.plot(C, optimum(coef, C, vision)[2], "k--", label="frontier")
-        ax.axhline(np.exp(coef[2]), color="k", ls=":", label="E")
+        if "E" not in s.fit.unidentified:  # or it may lie at 1e-64, and nothing else be seen
+            ax.axhline(np.exp(coef[2]), color="k", ls=":", label="E")
         if runs.floor > 0:
             ax.axhline(runs.floor, color="0.5", ls="-.", label="true floor")
         ax.set(xscale="log", yscale="log", title=runs.name,
