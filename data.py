@@ -569,7 +569,7 @@ class Loader:
         starts = range(first_step * rows_per_step + rank * micro_rows, last_step * rows_per_step,
                        ranks * micro_rows)
         workers = self.cfg.workers
-        if workers < 0:  # one process prepares a third of what a GPU reads (results/speed.md)
+        if workers < 0:  # otherwise preparing would wait for the GPU and the GPU for preparing
             workers = 4 if pin and self.cfg.data != "procedural" else 0
         # spawn, not fork, because the threads of torch and tiktoken do not survive a fork
         return iter(torch.utils.data.DataLoader(

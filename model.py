@@ -152,7 +152,7 @@ def block_mask(doc, image_id):
 
 @functools.cache
 def block_mask_maker(compiled):
-    """create_block_mask. Uncompiled it takes 8 ms of a micro-batch, and holds all pairs at once."""
+    """create_block_mask. Uncompiled, it takes many small steps that hold all pairs at once."""
     from torch.nn.attention.flex_attention import create_block_mask  # its import takes a second
     return torch.compile(create_block_mask) if compiled else create_block_mask
 
@@ -187,7 +187,7 @@ def rotate(x, rope):
 
 
 # Weights are fp32, and cast to the dtype of what they meet: bf16 on CUDA, else fp32. Autocast would
-# keep the residual stream and the norms in fp32, which is a fifth of a step on an H100.
+# keep the residual stream and the norms in fp32, which costs time and memory.
 class Linear(nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -333,7 +333,8 @@ class Model(nn.Module):
     def embed(self, batch):
         """-> (B,T,W): the patch's embedding at patches, the token's elsewhere. Both always run (a
         text-only batch has a dummy image), because DDP would wait for a missing gradient."""
-        tokens = gather(self.embedding.weight, batch["tokens"]).to(self.dtype)   # (B,T,W)
+        # in fp32, because a frequent token's gradient has thousands of terms (FSDP's table is bf16)
+        tokens = gather(self.embedding.weight.float(), batch["tokens"]).to(self.dtype)  # (B,T,W)
         if "images" not in batch:  # generate() past its prompt
             return tokens
         pixels = (batch["images"].float() / 127.5 - 1).to(self.dtype)            # (I,P,patch_dim)
@@ -549,7 +550,8 @@ def read_checkpoint(source, take):
         hint = ", ".join(str(p.parent) for p in runs[:9])
         raise SystemExit(f"{path} does not exist: name a run of train.py ({hint or 'none here'})")
     try:  # weights_only, because a file from elsewhere must not run code
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        # mmap reads what is used: to size a run from weights, a few kB of many GB
+        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if "config" in ckpt:
             return take(ckpt)
     except Exception as error:  # a file of another format can raise nearly anything

@@ -99,7 +99,8 @@ class Reorder(torch.autograd.Function):
 
 def route(x, router, top_k):
     """x (N,W), router (E,W) -> gates (N,K) fp32, chosen (N,K) int64, probs (N,E) fp32. In bf16
-    nearly equal experts would tie, and the choice between them would be noise."""
+    nearly equal experts would tie, and the choice between them would be noise. (With --shard on
+    CUDA the router itself comes rounded to bf16; its products are still fp32.)"""
     probs = F.linear(x.float(), router.float()).softmax(-1)                      # (N,E)
     if top_k == 1:  # max is several times faster than topk on a CPU
         gates, chosen = probs.max(-1, keepdim=True)                              # (N,1)

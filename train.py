@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import difflib
 import errno
-import functools
 import inspect
 import itertools
 import json
@@ -29,6 +28,7 @@ import zipfile
 import zlib
 from collections import ChainMap
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -184,7 +185,7 @@ def sizes_of_weights(asked, given):
     path = asked.sources().get("decoder")
     if not path:
         return {}
-    known = fields_of_weights(path)
+    known = read_weights(path)[0]
     heads = split_heads(known["width"], known["heads"])
     check("heads" not in given or split_heads(known["width"], given["heads"]) == heads,
           f"--heads {given.get('heads')}: {path} has heads of {heads}; leave --heads out")
@@ -194,12 +195,6 @@ def sizes_of_weights(asked, given):
               f"--preset {asked.preset} has {field} {preset[field]}, {path} {known[field]}: leave "
               "--preset out")
     return known
-
-
-@functools.cache
-def fields_of_weights(path):
-    """Read once, because a checkpoint can be large and a sweep asks for every run."""
-    return read_weights(path)[0]
 
 
 def default_lr(model, preset):
@@ -297,7 +292,9 @@ class Machine:
         if name.startswith("cuda"):
             torch.cuda.set_device(name)
         if "RANK" in os.environ:
-            dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+            # two hours, because rank 0 alone reads and writes checkpoints, of up to 100 GB
+            dist.init_process_group("nccl" if name.startswith("cuda") else "gloo",
+                                    timeout=timedelta(hours=2))
         return Machine(torch.device(name), int(os.environ.get("RANK", 0)),
                        int(os.environ.get("WORLD_SIZE", 1)))
 
@@ -352,11 +349,13 @@ def make_folder(out):
 
 
 @contextlib.contextmanager
-def only_process(folder, task, rank=0):
-    """Keeps others out of this folder, until the process leaves or ends, however that happens.
-    SystemExit, one line, where another is in it."""
-    with open(Path(folder) / f".lock{rank}", "w", encoding="utf-8") as file:
-        with contextlib.suppress(ImportError):  # Windows has no such module
+def only_process(folder, task):
+    """Makes this folder, and keeps others out of it until the process leaves or ends, however that
+    happens. SystemExit, one line, where another is in it."""
+    make_folder(folder)
+    with open(Path(folder) / ".lock", "w", encoding="utf-8") as file:
+        # Windows has no such module, and some disks of clusters have no locks
+        with contextlib.suppress(ImportError, OSError):
             import fcntl
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -372,7 +371,8 @@ def write_whole(path, write):
     try:
         write(temporary)
     except RuntimeError as error:  # torch.save, where the disk is full
-        raise OSError(errno.EIO, "cannot be written (is the disk full?)", str(path)) from error
+        reason = str(error).partition("\n")[0][:99]
+        raise OSError(errno.EIO, f"not written (is the disk full? {reason})", str(path)) from error
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -398,10 +398,8 @@ def finished(out, tell=False):
 def kept_log(path, steps):
     """The lines of the first steps; what came later is done again. SystemExit where one is gone."""
     lines = path.read_text("utf-8", "replace").splitlines(True)[:steps] if path.exists() else []
-    try:
-        whole = [json.loads(line)["step"] for line in lines] == list(range(steps))
-    except (ValueError, LookupError, TypeError):
-        whole = False
+    whole = len(lines) == steps and all(
+        line.startswith(f'{{"step": {i}, ') for i, line in enumerate(lines))
     check(whole, f"{path} does not hold the {steps} steps of the checkpoint beside it: delete the "
           "folder, and the same command trains it from its start")
     return "".join(lines)
@@ -430,15 +428,18 @@ class Trainer:
         torch.manual_seed(run.train.seed)  # the same weights on every rank and device
         self.model = Model(run.model)
         self.adopt_weights()
-        self.model.to(machine.device)
+        if not run.train.shard:  # which moves one block after the other
+            self.model.to(machine.device)
         self.model.dtype = machine.dtype
         # auto: on a CPU, compiling gains 4 % of a step for 45 s of start-up (results/speed.md)
         self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
         if self.compiled:
             compile_blocks(self.model)
-        self.model.flex = self.compiled and machine.is_cuda and run.train.attention == "auto"
-        for block in self.model.blocks:
-            block.ffn.loop = run.train.experts_by == "loop"
+        self.model.flex = (self.compiled and machine.is_cuda and run.train.attention == "auto"
+                           and run.model.head_dim >= 16)  # FlexAttention knows no smaller heads
+        for module in self.model.modules():
+            if hasattr(module, "loop"):  # a mixture of experts
+                module.loop = run.train.experts_by == "loop"
         self.forward = distribute(self.model, run.train.shard, machine)
         self.optimizer = make_optimizer(self.model, run.train, machine)  # of what sharding leaves
         self.loader = Loader(run.data, run.train.seed, run.model.context, run.model.image_size,
@@ -551,9 +552,8 @@ class Trainer:
     def adopt_weights(self):
         """Takes over the weights that --init and --init-vision name. The vision part comes with the
         decoder only if both use the same fusion."""
-        read = functools.cache(read_weights)  # --init alone names one file for both parts
         for part, path in self.run.train.sources().items():
-            known, weights = read(path)
+            known, weights = read_weights(path)
             if part == "decoder" or known.get("fusion") == self.run.model.fusion:
                 adopt(self.model, weights, part, path)
                 self.machine.say(f"{self.run.name}: {part} from {path}")
@@ -569,8 +569,9 @@ def distribute(model, shard, machine):
     if shard:
         check(machine.ranks > 1, "--shard divides a model over several GPUs: start it by torchrun")
         policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(machine.device.type, (machine.ranks,))
         for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:
-            fully_shard(module, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     elif machine.ranks > 1:
         return DistributedDataParallel(model, gradient_as_bucket_view=True)  # saves a copy of them
     return model
@@ -687,7 +688,8 @@ def train(trainer):
             # micro-steps
             totals = forward_and_backward(trainer, batches)
             if totals is None:
-                trainer.save("ckpt.pt")
+                if trainer.step:  # before the first one Adam has no moments to save
+                    trainer.save("ckpt.pt")
                 return "stopped"
 
             # clip and step: one division, by the targets of all micro-batches and ranks, which are
@@ -892,15 +894,15 @@ def main(argv):
             machine.say(f"finished before (another --out trains it again): {summary(row)}")
             continue
         try:
-            make_folder(run.folder)
-            with only_process(run.folder, "trains", machine.rank):
+            alone = machine.rank > 0  # only rank 0 needs to see the folder
+            with contextlib.nullcontext() if alone else only_process(run.folder, "trains"):
                 went_on = train_one(run, runs, machine)
         except torch.OutOfMemoryError:
             raise SystemExit(f"{run.name}: out of memory; try --checkpointing, or a smaller "
                              "--micro-rows, which accumulates more") from None
         except OSError as error:
-            raise SystemExit(f"{error.filename or run.folder}: {error.strerror}; mend it or "
-                             "make room, and the same command goes on") from None
+            raise SystemExit(f"{error.filename or run.folder}: {error.strerror or error}; make "
+                             "room or mend it, and the same command goes on") from None
         if not went_on:
             sys.exit(130)
     if machine.ranks > 1:

@@ -152,10 +152,8 @@ class World:
         return min(bisect.bisect(self.cumulative, rng.random()), self.THINGS - 1)
 
     def scene(self, rng, split):
-        """{cell: (thing, colour)} with one thing in the upper half and one in the lower, so that
-        which of them a caption speaks of is a matter of place. (With one to three things anywhere,
-        small models found this out suddenly, each seed at another time, and losses of two seeds
-        differed by 10 %.)"""
+        """{cell: (thing, colour)}, one thing in the upper half and one in the lower. (Of things
+        anywhere, each seed found out at another time which one a caption speaks of.)"""
         while True:
             scene, last, half = {}, None, GRID * GRID // 2
             for cell in (rng.randrange(half), half + rng.randrange(half)):

@@ -188,6 +188,9 @@ def test_the_heads_gradient_does_not_get_worse_with_chunks():
 def test_bf16_activations_change_little(kind):
     """As on CUDA: weights fp32, activations bf16. Loss and gradients stay near those of fp32."""
     model, batch = build(**kind), make_batch(tiny(), ROWS)
+    for name, weight in model.named_parameters():
+        if "router" in name:  # decided, because a choice that bf16 turns over changes much
+            weight.data *= 10
     plain, expected = gradients(model, batch)
     model.dtype = torch.bfloat16
     out, found = gradients(model, batch)

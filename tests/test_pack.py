@@ -296,7 +296,8 @@ def test_bad_interleaved_documents(tmp_path, capsys):
     meta, shards = pack_one(tmp_path, "interleaved", path)
     assert texts(shards, "interleaved")[:5] == ["one▣two", "x\n\ny", "up", "web", "s▣"]
     assert skipped(meta) == {
-        "corrupt image": 2, "missing image": 2, "image count does not match": 1,
+        "corrupt image": 2, "missing image": 1, "image outside the folder": 1,
+        "image count does not match": 1,
         "broken record (JSONDecodeError)": 1, "broken record (TypeError)": 3,
         "image is a URL (download it first)": 1, "no text": 1}
     out = capsys.readouterr().out

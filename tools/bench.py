@@ -333,8 +333,9 @@ def loading(bench):
 
 def upkeep(bench):
     """Evaluation and checkpoints of `python train.py`, by the wall: a disk takes no CPU time."""
-    trainer = trainee(bench.machine, {"tokens_per_step": 1024, "out": str(bench.folder)})
+    trainer = trainee(bench.machine, {"tokens_per_step": 512, "out": str(bench.folder)})
     run, batches = trainer.run, make_batches(trainer)
+    train.make_folder(trainer.run.folder)
     trainer.begin()
 
     def evaluation(r):
@@ -357,8 +358,9 @@ def overhead(bench):
     """train.train beside its bare steps. The mask, which the forward pass makes, counts as
     overhead; the Python inside torch's modules does not."""
     n = 8 if bench.quick else 40
-    trainer = trainee(bench.machine, {"tokens_per_step": 1024, "out": str(bench.folder),
-                                      "tokens": str(1024 * n)})
+    trainer = trainee(bench.machine, {"tokens_per_step": 512, "out": str(bench.folder),
+                                      "tokens": str(512 * n)})
+    train.make_folder(trainer.run.folder)
     trainer.begin()
     trainer.save = trainer.describe = lambda *args: None  # `upkeep` has the checkpoint
     batches, loader = make_batches(trainer, n), trainer.loader
@@ -394,7 +396,7 @@ def generation(bench):
 
     length = 64 if bench.quick else 256
     for name, shape in (("the default model", {}), ("5M", SIZES["5M"])):
-        network = Model(config_of(shape)).eval()
+        network = Model(config_of({**shape, "context": 256})).eval()
         took = bench.interleave({"cached": lambda r: generate(network, [[0]], length - 1),
                                  "uncached": partial(uncached, network=network)}, 5)
         yield Row(f"{name}: decoding {length} tokens, uncached / cached",

@@ -112,7 +112,7 @@ def check_compiled(run, machine):
                     loss_and_gradient(run, machine, machine.dtype))
 
 
-def check_ranks(folder, run, machine, ranks=1, flags=()):
+def check_ranks(folder, rows, run, machine, ranks=1, flags=()):
     """The validation loss of a small run of two budgets, the second from the first's trunk, beside
     that of the second alone in one process: in nats, relative."""
     def loss(name, ranks, tokens, *flags):
@@ -120,7 +120,7 @@ def check_ranks(folder, run, machine, ranks=1, flags=()):
         out, script = folder / name, Path(train.__file__)
         done = subprocess.run(
             [sys.executable, *launch * (ranks > 1), str(script), "--out", str(out), "--tokens",
-             tokens, "--tokens-per-step", "4096", "--warmup", "5", "--val-rows", "16",
+             tokens, "--tokens-per-step", str(128 * rows), "--warmup", "5", "--val-rows", "16",
              "--compile", "off", "--device", machine.device.type, *flags],
             capture_output=True, text=True, check=False)
         if done.returncode:
@@ -186,13 +186,13 @@ def main(argv=None):
         print(__doc__)
         raise SystemExit
     cuda = torch.cuda.is_available()
-    if cuda and "--preset" not in words:
+    if cuda and not any(word.startswith("--preset") for word in words):
         words += ["--preset", "275m"]
     *_, run = train.parse_runs(words)
     machine = train.Machine.start(run.train.device)
     ranks = torch.cuda.device_count() if cuda else 2
     with tempfile.TemporaryDirectory() as folder:
-        ranked = partial(check_ranks, Path(folder))
+        ranked = partial(check_ranks, Path(folder), 8 * ranks)
         checks = {  # name: (function, the flags that avoid the fault)
             "rates": (rates, ""), "attention": (check_attention, "--attention dense"),
             "experts": (check_experts, "--experts-by loop"),
@@ -206,7 +206,8 @@ def main(argv=None):
         avoid = [flag for name, (work, flag) in checks.items()
                  if not fine(name, work, run, machine)]
     launch = f"torchrun --standalone --nproc_per_node {ranks}" if cuda and ranks > 1 else "python"
-    print(f"train with: {launch} train.py {' '.join([*words, *avoid])}")
+    flags = [flag for flag in avoid if flag.startswith("--")]
+    print(f"train with: {launch} train.py {' '.join([*words, *flags])}")
     if avoid:
         raise SystemExit("something is wrong on this machine: the flags at the end avoid it")
 

@@ -211,7 +211,9 @@ def find_image(value, members, folder):
         return Skip("image is a URL (download it first)")
     for path in (folder / value, folder / "images" / value):
         inside = path.resolve().is_relative_to(folder.resolve())  # not by .. nor by a link
-        if inside and path.is_file():
+        if path.is_file():
+            if not inside:
+                return Skip("image outside the folder")
             with open(path, "rb") as file:
                 return file.read(MAX_BYTES)
     return Skip("missing image")
