@@ -51,7 +51,7 @@ def words_of(command, home):
 
 def small(words):
     """The same command, shrunk: of a flag given twice the last counts."""
-    trains = "train.py" in words or "tools.sweep" in words
+    trains = {"train.py", "tools.sweep", "tools.check"} & set(words)
     if words[0] == "torchrun":
         words[:1] = [sys.executable, "-m", "torch.distributed.run"]
         words = ["2" if before == "--nproc_per_node" else word
