@@ -478,6 +478,9 @@ def gather(args):
             notes.append(str(error).removeprefix("fit_laws.py: "))
     notes = list(dict.fromkeys(notes))  # the losses of one group share theirs
     check(studies, "; ".join(notes[1:]))
+    names = [s.runs.name for s in studies]
+    for name in args.compare or ():
+        check(name in names, f"--compare: no group {name!r}; groups: {', '.join(names)}")
     return notes, studies
 
 
@@ -522,8 +525,6 @@ def print_details(g):
 def compare(studies, args):
     """Print and return the differences of two groups (first minus second) with intervals."""
     found, out = {s.runs.name: s for s in studies}, {}
-    for name in args.compare:
-        check(name in found, f"--compare: no group {name!r}; groups: {', '.join(found)}")
     one, two = (found[name] for name in args.compare)
     gaps = {k: (one.record[k] - two.record[k], one.samples[k] - two.samples[k])
             for k in EXPONENTS}

@@ -306,8 +306,7 @@ class VisionEncoder(nn.Module):
 class Output(NamedTuple):
     loss: torch.Tensor                  # () float32, SUM of the text targets' losses, nats
     count: int                          # number of text targets
-    balance: torch.Tensor               # () float32, load_balancing_loss, SUM over tokens, mean
-                                        # over layers; 0 if dense
+    balance: torch.Tensor               # () float32, SUM over tokens, mean over layers; 0 if dense
     token_loss: torch.Tensor            # (K,) float32, detached, in the order of target_index
     expert_counts: torch.Tensor | None  # (L,2,E) float32, MoE: (text, image) tokens per expert
 
@@ -424,10 +423,9 @@ def training_memory(cfg, ranks=1, shard=False):
     ffn = 6 * cfg.hidden * (cfg.top_k / cfg.granularity if cfg.moe == "learned" else 1)
     layer = 24 * width + ffn + (8 * cfg.top_k * width if cfg.moe != "none" else 0)
     vision = 0.75 * 40 * cfg.encoder_width * cfg.encoder_depth if cfg.fusion == "late" else 0
+    layers = depth * layer
     if cfg.checkpointing:
         layers, vision = 1.4 * layer + 4 * depth * width, vision / 10
-    else:
-        layers = depth * layer
     return fixed, cfg.context * (16 * width + layers + vision)
 
 
@@ -443,7 +441,7 @@ def head_loss(x, weight, targets, max_logits=2 ** 27):
     Above K * V = max_logits it works in chunks."""
     rows = max(1, max_logits // weight.shape[0])
     if len(x) > rows:
-        return ChunkedHead.apply(x, weight, targets, rows)
+        return ChunkedHead.apply(x, weight, targets, rows, torch.is_grad_enabled())
     logits = F.linear(x, weight.to(x.dtype)).float()                             # (K,V)
     losses = F.cross_entropy(logits, targets, reduction="none")
     return losses.sum(), losses.detach()
@@ -456,13 +454,15 @@ class ChunkedHead(torch.autograd.Function):
     wrong by 1 % (measured)."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, rows):
+    def forward(ctx, x, weight, targets, rows, training):
         w, losses, grad_x = weight.to(x.dtype), [], torch.empty_like(x)
         grad_w = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(x), rows):
             part, target = x[start:start + rows], targets[start:start + rows]
             logits = F.linear(part, w).float()                                   # (rows,V)
             losses.append(F.cross_entropy(logits, target, reduction="none"))
+            if not training:
+                continue
             grad = logits.softmax(-1)
             grad[torch.arange(len(part), device=x.device), target] -= 1
             grad = grad.to(x.dtype)                                              # (rows,V)
@@ -476,7 +476,7 @@ class ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         grad_x, grad_w = ctx.saved_tensors
-        return grad * grad_x, grad * grad_w, None, None
+        return grad * grad_x, grad * grad_w, None, None, None
 
 
 @torch.inference_mode()  # a sixth faster than no_grad for a small model

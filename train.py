@@ -37,7 +37,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -185,7 +184,7 @@ def sizes_of_weights(asked, given):
     path = asked.sources().get("decoder")
     if not path:
         return {}
-    known = read_weights(path)[0]
+    known, _ = read_weights(path)
     heads = split_heads(known["width"], known["heads"])
     check("heads" not in given or split_heads(known["width"], given["heads"]) == heads,
           f"--heads {given.get('heads')}: {path} has heads of {heads}; leave --heads out")
@@ -498,6 +497,8 @@ class Trainer:
     def save(self, name):
         """Writes ckpt.pt, from which the run goes on, or trunk.pt, from which longer runs do. It is
         the same file whether one process, DDP or FSDP writes it."""
+        if not self.step:  # nothing is lost, and Adam has no moments yet
+            return
         options = StateDictOptions(full_state_dict=True, cpu_offload=self.run.train.shard)
         weights, moments = get_state_dict(self.model, self.optimizer, options=options)
         state = {"model": weights, "optimizer": moments, "step": self.step, "stats": self.stats,
@@ -569,7 +570,7 @@ def distribute(model, shard, machine):
     if shard:
         check(machine.ranks > 1, "--shard divides a model over several GPUs: start it by torchrun")
         policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
-        mesh = init_device_mesh(machine.device.type, (machine.ranks,))
+        mesh = dist.init_device_mesh(machine.device.type, (machine.ranks,))
         for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     elif machine.ranks > 1:
@@ -647,8 +648,7 @@ def what_would_fit(run, machine):
 @torch.no_grad()
 def evaluate(trainer):
     """{loss_caption, ..., loss, floor_caption, ...}: text cross-entropy in nats a token over the
-    fixed validation rows of each kind, and the mean over kinds (section 1.1). Each rank reads its
-    share."""
+    fixed validation rows of each kind, and the mean over kinds (section 1.1); a share a rank."""
     machine, loader, kinds, result = trainer.machine, trainer.loader, trainer.loader.val_kinds(), {}
     names = ("loss", "floor") if loader.source.knows_floor else ("loss",)
     trainer.model.eval()
@@ -688,8 +688,7 @@ def train(trainer):
             # micro-steps
             totals = forward_and_backward(trainer, batches)
             if totals is None:
-                if trainer.step:  # before the first one Adam has no moments to save
-                    trainer.save("ckpt.pt")
+                trainer.save("ckpt.pt")
                 return "stopped"
 
             # clip and step: one division, by the targets of all micro-batches and ranks, which are

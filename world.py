@@ -249,7 +249,7 @@ class World:
 
     def colour(self, w, split):
         scene = {}
-        while len({thing for thing, _ in scene.values()}) < max(1, len(scene)):
+        while len({thing for thing, _ in scene.values()}) < 2:
             scene = self.scene(w.rng, split)  # two of one thing: "the" would be unclear
         thing, colour = scene[w.rng.choice(sorted(scene))]
         question = f"what colour is the {self.names[thing]}?"
@@ -261,7 +261,7 @@ class World:
 
     def relation(self, w, split):
         scene = {}
-        while len({thing for thing, _ in scene.values()}) < max(2, len(scene)):
+        while len({thing for thing, _ in scene.values()}) < 2:
             scene = self.scene(w.rng, split)
         here, there = w.rng.sample(sorted(scene), 2)
         down, right = (a - b for a, b in zip(divmod(here, GRID), divmod(there, GRID)))

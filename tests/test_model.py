@@ -168,6 +168,8 @@ def test_chunked_loss_equals_plain(rows):
         a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
         loss, losses = head_loss(a, w, targets, limit)
         (3 * loss).backward()
+        with torch.no_grad():  # as in evaluation, where no gradient is computed
+            assert torch.equal(head_loss(a, w, targets, limit)[1], losses)
         results.append((loss.detach(), losses, a.grad, w.grad))
     for plain, chunked in zip(*results):
         assert torch.allclose(plain, chunked, atol=1e-5)

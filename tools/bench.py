@@ -337,6 +337,7 @@ def upkeep(bench):
     run, batches = trainer.run, make_batches(trainer)
     train.make_folder(trainer.run.folder)
     trainer.begin()
+    trainer.step = 1  # before the first step nothing would be saved
 
     def evaluation(r):
         data.Procedural.val_rows.cache_clear()  # a run evaluates once, and makes its rows for that

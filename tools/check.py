@@ -193,21 +193,20 @@ def main(argv=None):
     ranks = torch.cuda.device_count() if cuda else 2
     with tempfile.TemporaryDirectory() as folder:
         ranked = partial(check_ranks, Path(folder), 8 * ranks)
-        checks = {  # name: (function, the flags that avoid the fault)
+        checks = {  # name: (function, the flag that avoids the fault, if there is one)
             "rates": (rates, ""), "attention": (check_attention, "--attention dense"),
             "experts": (check_experts, "--experts-by loop"),
             "bf16": (check_bf16, "--device cpu"), "compiled": (check_compiled, "--compile off"),
-            run.name: (speed, "--checkpointing"), "resume": (ranked, "--cooldown 0")}
+            run.name: (speed, "--checkpointing"), "resume": (ranked, "")}
         if ranks > 1:
-            checks[f"{ranks} ranks"] = partial(ranked, ranks=ranks), "(one GPU)"
+            checks[f"{ranks} ranks"] = partial(ranked, ranks=ranks), ""
             sharded = partial(ranked, ranks=ranks, flags=["--shard"])
-            checks[f"{ranks} ranks, sharded"] = sharded, "(no --shard)"
+            checks[f"{ranks} ranks, sharded"] = sharded, ""
         print(f"torch {torch.__version__}, {machine.name}, {max(1, ranks * cuda)} of them")
         avoid = [flag for name, (work, flag) in checks.items()
                  if not fine(name, work, run, machine)]
     launch = f"torchrun --standalone --nproc_per_node {ranks}" if cuda and ranks > 1 else "python"
-    flags = [flag for flag in avoid if flag.startswith("--")]
-    print(f"train with: {launch} train.py {' '.join([*words, *flags])}")
+    print(f"train with: {launch} train.py {' '.join([*words, *filter(None, avoid)])}")
     if avoid:
         raise SystemExit("something is wrong on this machine: the flags at the end avoid it")
 

@@ -50,8 +50,6 @@ def multiplier(one, two, C, visions):
 def print_multipliers(studies, args):
     """A line for each budget, with its 95 % interval over resamples of the runs."""
     found = {s.runs.name: s for s in studies}
-    for name in args.compare:
-        check(name in found, f"--compare: no group {name!r}; groups: {', '.join(found)}")
     pair = [found[name] for name in args.compare]
     visions = [s.runs.vision for s in pair]
     laws = [fit_above_floor(s.runs, draw_weights(np.arange(len(s.runs.N)), args.bootstrap, [1, i]))

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import check, encode, get_tokenizer
 from tools import need, usable_cores
-from train import Parser, make_folder, only_process, write_whole
+from train import Parser, only_process, write_whole
 from world import Question, turn
 
 MAX_PIXELS = 50_000_000  # a larger picture is skipped before it is decoded ("image bomb")
@@ -376,7 +376,6 @@ def pack(sources, out, tokenizer="bytes", image_size=224, split="train", val_fra
               "store_size": round(image_size * 8 / 7)}  # 256 for the usual crops of 224
     val_share = 1.0 if split == "val" else val_fraction
     jobs = find_jobs(sources, out, str(tokenizer), config, val_share)
-    make_folder(out)
     try:
         with only_process(out, "packs"):
             todo = unfinished(jobs, out, config)
