@@ -252,7 +252,7 @@ class Procedural:
 
     def __init__(self, cfg, seed, context, image_size, n_patches):
         self.cfg, self.seed = cfg, seed
-        self.world, self.encoding = World(image_size), get_tokenizer()
+        self.world, self.encoding, self.stored_size = World(image_size), get_tokenizer(), image_size
         self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
 
     def kinds(self, split):
@@ -267,6 +267,9 @@ class Procedural:
         while row.add(self.document(kind, rng)):
             pass
         return row
+
+    def n_train(self, kind):
+        return float("inf")
 
     def n_val(self, kind):
         return self.cfg.val_rows
@@ -301,7 +304,8 @@ class Packed:
         self.shards = {split: Shards(cfg.data, split) for split in ("train", "val")}
         self.encoding = self.shards["train"].encoding
         self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
-        self.tokenizer = self.shards["train"].meta["tokenizer"]
+        meta = self.shards["train"].meta
+        self.tokenizer, self.stored_size = meta["tokenizer"], meta["image_size"]
         # a checkpoint must not go on with data that were packed into the same folder later
         self.contents = zlib.crc32((Path(cfg.data) / "data.json").read_bytes())
 
@@ -313,6 +317,9 @@ class Packed:
         rng = np.random.default_rng((self.seed, 2, KINDS.index(kind), n))
         return self.fill(kind, "train", self.order(kind, epoch)[place], rng=rng,
                          augment=self.cfg.augment, flip=self.cfg.flip)
+
+    def n_train(self, kind):
+        return self.plan(kind, "train").n_rows
 
     @lru_cache(maxsize=4)  # one for each kind: of real data each can take gigabytes
     def order(self, kind, epoch):
@@ -542,6 +549,11 @@ class Loader:
         check(kinds, f"{self.cfg.data} has no {' or '.join(wanted)} documents in its split val: "
               "pack some with --split val, or with a larger --val-fraction")
         return [name for kind in kinds for name in self.source.validated_as.get(kind, [kind])]
+
+    def epochs(self, n_rows):
+        """{kind: how often the first n_rows rows of training read all its data}"""
+        return {kind: n_rows * share / 100 / self.source.n_train(kind)
+                for kind, share in self.shares.items()}
 
     def kind_of(self, g):
         """(kind, how many rows of that kind came before row g)."""

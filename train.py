@@ -4,16 +4,22 @@
     python train.py --fusion late --width 32 --tokens 1M,2M,4M --out runs/demo
     torchrun --standalone --nproc_per_node 8 train.py --preset 275m --data data/real --tokens 5B
 
+    python train.py --dry-run --gpus 8xh100 --preset 932m --data data/real --tokens 5B
+
 Budgets (--tokens) share one trunk at constant learning rate and branch off it for their cooldowns
-(Haegele et al. 2024; paper, section 4.1). A run that is finished is skipped, and one that was
-interrupted goes on where it stopped. To train many models, use `python -m tools.sweep`.
+(Haegele et al. 2024; paper, section 4.1). A run that is finished is skipped, one that was
+interrupted goes on where it stopped, and a longer budget starts from the trunk of a shorter one,
+today's or yesterday's. --dry-run says what a run would take, and trains nothing. To train many
+models, use `python -m tools.sweep`.
 
 Dimensions:  B rows in a micro-batch   T context
 """
 import argparse
+import ast
 import contextlib
 import difflib
 import errno
+import functools
 import inspect
 import itertools
 import json
@@ -29,8 +35,8 @@ import zlib
 from collections import ChainMap
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,14 +48,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DataConfig, Loader, check, patchify, vocab_size
-from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_checkpoint,
+from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, on_meta, read_checkpoint,
                    read_weights, split_heads, training_memory)
 
 # Fields that say how or where a run is computed, not what: they are no part of its identity.
 HOW = ("out", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device", "compile",
-       "attention", "experts_by", "shard", "workers", "checkpointing")
+       "attention", "experts_by", "shard", "workers", "checkpointing", "dry_run", "gpus")
 SIZES = {**PRESETS, "laptop": dict(width=64, depth=4, context=128, image_size=32, patch_size=8,
                                    tokens_per_step=512)}
+# Published dense bf16 FLOP/s and memory in bytes, to tell MFU and to plan.
+CARDS = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,8 @@ class TrainConfig:
     attention: str = "auto"  # auto = FlexAttention where blocks are compiled on CUDA; dense
     experts_by: str = "auto"  # auto = all in one kernel where torch has a fast one; loop
     shard: bool = False  # FSDP2: weights and optimizer divided over the ranks, for large models
+    dry_run: bool = False  # only say what the run would take: hours, memory, disk, data, price
+    gpus: str = ""  # of the dry run, as 8xh100x0.4x2.5: number, card, MFU, dollars an hour of one
 
     def __post_init__(self):
         check(self.preset in SIZES, f"--preset {self.preset}: need one of {', '.join(SIZES)}")
@@ -221,13 +231,29 @@ def paper_warmup(steps, moe):
 
 def run_name(model, train, given):
     """Readable, and different for every configuration, because flags that have no place in the name
-    enter it as a hash of their names and values."""
+    enter it as a hash of their names and values. A run whose folder holds another code's gets the
+    hash of its code, too, so that an edit of the code is never answered with the old numbers."""
     shown = ("fusion", "moe", "width", "depth", "tokens", "seed", "mixture")
     rest = {k: v for k, v in sorted(given.items()) if k not in shown + HOW}
     words = (model.fusion, model.moe.replace("none", ""), train.preset.replace("laptop", ""),
              f"w{model.width}", f"d{model.depth}", train.tokens, f"s{train.seed}",
              given.get("mixture"), f"{zlib.crc32(json.dumps(rest).encode()):08x}" if rest else "")
-    return "-".join(filter(None, words))
+    name = "-".join(filter(None, words))
+    with contextlib.suppress(OSError, ValueError, LookupError):  # no such folder yet
+        made = json.loads((Path(train.out) / name / "config.json").read_text("utf-8"))["made"]
+        return name if made["code"] == code_version() else f"{name}-{code_version()}"
+    return name
+
+
+@functools.cache
+def code_version():
+    """A hash of what the files that train do. Comments and docstrings do not count."""
+    names = ("world", "data", "moe", "model", "train")
+    trees = [ast.parse(Path(__file__).with_name(f"{name}.py").read_text("utf-8")) for name in names]
+    for node in itertools.chain(*map(ast.walk, trees)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = ""
+    return f"{zlib.crc32(''.join(map(ast.dump, trees)).encode()):08x}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -307,6 +333,11 @@ class Machine:
         if self.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16
         return torch.float32
+
+    @property
+    def peak(self):
+        """FLOP/s that MFU is a share of; 0 where nobody published them."""
+        return next((peak for card, (peak, _) in CARDS.items() if card in self.name), 0)
 
     @property
     def memory(self):
@@ -417,12 +448,10 @@ def append_result(out, row):
 # ---- A run in training ------------------------------------------------------------------------
 
 class Trainer:
-    """A run being trained: model, optimizer, step and log, and how they are saved and restored.
-    runs: all runs of the command, of which those with the same identity share a trunk."""
+    """A run being trained: model, optimizer, step and log, and how they are saved and restored."""
 
-    def __init__(self, run, machine, runs=()):
+    def __init__(self, run, machine):
         self.run, self.machine, self.step = run, machine, 0
-        self.family = [other for other in runs if other.identity() == run.identity()]
         self.rows, self.accumulation = divide_step(run, machine)
         torch.manual_seed(run.train.seed)  # the same weights on every rank and device
         self.model = Model(run.model)
@@ -445,10 +474,12 @@ class Trainer:
                              run.model.patch_size)
         source = self.loader.source
         data = {**asdict(run.data), "tokenizer": source.tokenizer, "contents": source.contents}
-        self.config = {"model": asdict(run.model), "train": asdict(run.train), "data": data}
+        self.config = {"model": asdict(run.model), "train": asdict(run.train), "data": data,
+                       "made": {"code": code_version()}}
         self.stop = StopSignal()  # this process was asked to stop
         self.stopped = False  # this rank or another was, and all of them know it
         self.clock = None  # when the last step ended: in the first, torch compiles and allocates
+        self.val = {}  # the last validation
         self.stats = {"padding": 0, "D_vision": 0, "targets_per_token": 0.0, "timed": 0,
                       "spent": 0.0}
         if machine.is_cuda:
@@ -463,9 +494,8 @@ class Trainer:
             f"{self.accumulation} micro-steps x {self.machine.ranks} ranks, lr {cfg.lr:.2g}, "
             f"warmup {cfg.warmup}, cooldown from {run.branch}, {self.machine.name}"
             + ", compiled" * self.compiled + f", from step {self.step}" * (self.step > 0))
-        if abs(run.steps * cfg.tokens_per_step / whole_number(cfg.tokens) - 1) > 0.05:
-            self.machine.say(f"note: --tokens {cfg.tokens} was rounded to whole steps; "
-                             "--tokens-per-step makes them smaller")
+        for note in notes(run, self.loader):
+            self.machine.say(f"note: {note}")
         if self.machine.rank == 0:
             text = json.dumps(self.config, indent=1)
             (run.folder / "config.json").write_text(text, encoding="utf-8")
@@ -489,10 +519,29 @@ class Trainer:
         return line if math.isfinite(loss + line["grad_norm"]) else None
 
     def log(self, line):
+        """Writes the line of a step, and what the machine makes of it to a second file, because a
+        machine never does anything twice in the same time. Returns what the bar shows of it."""
+        speed = self.speed()
         if self.machine.rank == 0:
             with open(self.run.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            with open(self.run.folder / "speed.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": line["step"], **speed}) + "\n")
         self.clock = time.perf_counter()  # so that evaluations do not count as training
+        shown = {"padding": speed["padding"], "mfu": speed.get("mfu"),
+                 "val": self.val.get("val_loss")}
+        return {name: value for name, value in shown.items() if value is not None}
+
+    def speed(self):
+        """What the machine makes of the run so far; MFU counts the paper's 6 N D FLOPs."""
+        stats, tokens = self.stats, self.run.train.tokens_per_step
+        seen, rate = self.step * tokens, stats["timed"] * tokens / max(stats["spent"], 1e-9)
+        found = {"seconds": round(stats["spent"], 3), "tok_per_s": round(rate, 1),
+                 "padding": round(stats["padding"] / max(seen, 1), 4)}
+        if self.machine.peak:
+            flops = self.model.flops(seen, stats["D_vision"]) / seen * rate
+            found["mfu"] = round(flops / self.machine.ranks / self.machine.peak, 4)
+        return found
 
     def save(self, name):
         """Writes ckpt.pt, from which the run goes on, or trunk.pt, from which longer runs do. It is
@@ -506,7 +555,7 @@ class Trainer:
         if self.machine.rank == 0:
             with open(self.run.folder / "log.jsonl", "rb+") as file:
                 os.fsync(file.fileno())  # first, so that it covers every step of the checkpoint
-            write_whole(self.run.folder / name, partial(torch.save, state))
+            write_whole(self.run.folder / name, functools.partial(torch.save, state))
         if self.machine.ranks > 1:  # torchrun would end rank 0 while it writes, were another gone
             dist.barrier()
 
@@ -523,12 +572,9 @@ class Trainer:
                 damaged = file.testzip()
             check(not damaged, f"{path} is damaged, because the checksum of {damaged} differs: "
                   "delete it, and the same command goes on from what is left")
-            ours = self.run.identity() | {"contents": self.config["data"]["contents"]}
-            theirs = ChainMap(*config.values())
-            changed = [k.replace("contents", "data (packed anew)") for k in ours
-                       if theirs.get(k) != ours[k]]
-            check(not changed, f"{path} was trained with another {', '.join(changed)}; choose "
-                  "another --out, or delete it")
+            changed = self.changed(config)
+            check(not changed, f"{path} was trained with another {changed}; choose another --out, "
+                  "or delete it")
             kept = kept_log(path.with_name("log.jsonl"), self.step)
             write_whole(self.run.folder / "log.jsonl", lambda path: path.write_text(kept, "utf-8"))
         self.step, self.stats = self.machine.share((self.step, self.stats))
@@ -537,18 +583,36 @@ class Trainer:
         set_model_state_dict(self.model, weights, options=options)
         set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
 
+    def changed(self, config):
+        """The names of what makes a checkpoint's config another run's than this one."""
+        ours, theirs = ({**values, "data (packed anew)": values.get("contents")} for values in (
+            ChainMap(self.run.identity(), *self.config.values()), ChainMap(*config.values())))
+        names = [*self.run.identity(), "data (packed anew)", "code"]
+        return ", ".join(name for name in names if ours[name] != theirs.get(name))
+
     def begin(self):
-        """Starts from the run's own checkpoint, else from the longest trunk of its family, else
+        """Starts from the run's own checkpoint, else from the longest trunk of another budget, else
         from fresh or given weights. Rank 0 decides, because ranks on other machines could see
         other files, and would train on at another step without a word."""
-        run = self.run
-        trunks = [other.folder / "trunk.pt" for other in self.family if other.branch <= run.branch]
-        found = [path for path in (run.folder / "ckpt.pt", *reversed(trunks)) if path.exists()]
-        path = self.machine.share(found[:1])  # runs come the shortest first
+        own = self.run.folder / "ckpt.pt"
+        found = self.trunks() if self.machine.rank == 0 and not own.exists() else {}
+        path = self.machine.share(own if own.exists() else found.get(max(found, default=0)))
         if path:
-            self.restore(path[0])
+            self.restore(path)
         elif self.machine.rank == 0:  # a log without a checkpoint: killed before the first one
-            (run.folder / "log.jsonl").write_text("", encoding="utf-8")
+            (self.run.folder / "log.jsonl").write_text("", encoding="utf-8")
+
+    def trunks(self):
+        """{step: trunk.pt} of the other budgets from which this run can go on."""
+        found, budget = {}, f"-{self.run.train.tokens}-"
+        pattern = self.run.name.replace(budget, "-*-")
+        for path in sorted(self.run.folder.parent.glob(f"{pattern}/trunk.pt")):
+            step, config = read_checkpoint(path, lambda saved: (saved["step"], saved["config"]))
+            if changed := self.changed(config):
+                self.machine.say(f"note: {path} is of no use here, because of another {changed}")
+            elif step <= self.run.branch:
+                found[step] = path
+        return found
 
     def adopt_weights(self):
         """Takes over the weights that --init and --init-vision name. The vision part comes with the
@@ -676,9 +740,9 @@ def train(trainer):
         trainer.step, run.steps, cfg.tokens_per_step // run.model.context, trainer.rows,
         machine.rank, machine.ranks, machine.is_cuda)
     seconds = 0.1 if sys.stderr.isatty() else 30  # a file does not want ten lines a second
-    bar = tqdm(total=run.steps, initial=trainer.step, desc=run.name, unit="step", leave=False,
-               mininterval=seconds, delay=seconds, disable=machine.rank > 0)
-    has_branches = any(other.branch > run.branch for other in trainer.family)
+    bar = tqdm(total=run.steps * cfg.tokens_per_step, initial=trainer.step * cfg.tokens_per_step,
+               desc=run.name, unit="tok", unit_scale=True, leave=False, mininterval=seconds,
+               delay=seconds, disable=machine.rank > 0)
     with trainer.stop, bar:
         while trainer.step < run.steps:
             # learning rate
@@ -708,14 +772,14 @@ def train(trainer):
             if line is None:
                 return "diverged"
             if cfg.eval_every and trainer.step % cfg.eval_every == 0:
-                line |= {f"val_{k}": v for k, v in evaluate(trainer).items()}
-            trainer.log(line)
-            bar.update()
-            bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
+                trainer.val = {f"val_{k}": v for k, v in evaluate(trainer).items()}
+                line |= trainer.val
+            bar.set_postfix({"loss": line["loss"], **trainer.log(line)}, refresh=False)
+            bar.update(cfg.tokens_per_step)
 
             # checkpoint
             at_end = trainer.step == run.steps
-            if trainer.step == run.branch and has_branches:  # a longer budget branches off here
+            if trainer.step == run.branch:  # a longer budget, perhaps tomorrow's, starts from here
                 trainer.save("trunk.pt")
             if trainer.step % cfg.save_every == 0 or at_end or trainer.stopped:
                 trainer.save("ckpt.pt")
@@ -756,6 +820,106 @@ def forward_and_backward(trainer, batches):
             block.ffn.load.copy_(load)
     totals[5] = trainer.stop.asked
     return machine.sum(totals)
+
+
+# ---- Before a run: what it would take ---------------------------------------------------------
+
+class Cards(NamedTuple):
+    """GPUs to plan for, which need not be here."""
+    ranks: int
+    name: str
+    peak: float  # FLOP/s
+    memory: float  # bytes
+    mfu: float
+    price: float  # dollars for an hour of one
+
+
+def cards_of(text):
+    """"8xh100x0.4x2.5" -> Cards. The MFU is 0.4 where none is given, and the price 0."""
+    found = re.fullmatch(rf"(\d+)x({'|'.join(CARDS)})(?:x([\d.]+))?(?:x([\d.]+))?", text, re.I)
+    number, name, mfu, price = found.groups() if found else (0, "H100", None, None)
+    cards = Cards(int(number), name, *CARDS[name.upper()], float(mfu or 0.4), float(price or 0))
+    check(cards.ranks and 0 < cards.mfu <= 1, f"--gpus {text}: need number, card "
+          f"({', '.join(CARDS)}), MFU (a share) and dollars an hour, as 8xh100x0.4x2.5")
+    return cards
+
+
+def notes(run, loader):
+    """What is legal, but perhaps not meant (list of str)."""
+    cfg, model, stored = run.train, run.model, loader.source.stored_size
+    fusion = SIZES[cfg.preset].get("fusion", model.fusion)
+    asked, rows = whole_number(cfg.tokens), run.steps * cfg.tokens_per_step // model.context
+    often = [f"{kind} {n:.1f}" for kind, n in loader.epochs(rows).items() if n > 4]
+    told = {
+        f"--tokens {cfg.tokens} was rounded to whole steps; --tokens-per-step makes them smaller":
+            abs(run.steps * cfg.tokens_per_step / asked - 1) > 0.05,
+        f"--preset {cfg.preset} is a size of {fusion} fusion, this model is {model.fusion}":
+            fusion != model.fusion,
+        f"the images were packed at {stored} pixels, and are enlarged to {model.image_size}":
+            stored < model.image_size,
+        f"--warmup {cfg.warmup} is longer than the {run.branch} steps before the cooldown":
+            cfg.warmup > run.branch,
+        f"epochs of {', '.join(often)}: beyond 4, seeing data again helps less than new data would":
+            len(often) > 0,
+        f"other code has trained this before, so this is another run, in {run.folder}":
+            run.name.endswith(code_version())}
+    return [note for note, holds in told.items() if holds]
+
+
+# What a sample of the paper's data holds, in text tokens and images, as its authors count: COYO's
+# alt texts, OBELICS (115B tokens, 353M images, 141M documents), DCLM (4T tokens, 3B documents).
+SAMPLES = {"caption": ("DFN or COYO", 22, 1), "interleaved": ("OBELICS", 815, 2.5),
+           "text": ("DCLM", 1330, 0)}
+
+
+def plan(run, machine):
+    """Lines that say what a run would take. Nothing is trained, but without --gpus some micro-steps
+    are timed on this machine."""
+    cfg, shape, D = run.train, run.model, run.steps * run.train.tokens_per_step
+    loader = Loader(run.data, cfg.seed, shape.context, shape.image_size, shape.patch_size)
+    rows = [loader[g] for g in range(100)]  # which have the shares of the mixture exactly
+    seen = 100 * shape.context
+    patches = sum(int((row.patch >= 0).sum()) for row in rows) / seen
+    model, place = on_meta(shape), cards_of(cfg.gpus) if cfg.gpus else machine
+    n, C, (micro_rows, times) = (model.num_params(), model.flops(D, patches * D),
+                                 divide_step(run, place))
+    yield (f"{run.name}: N {n['N']:,}, D {D:,}, C {C:.3g} FLOPs, padding "
+           f"{1 - sum(row.used for row in rows) / seen:.1%}, {run.steps:,} steps of {micro_rows} "
+           f"rows x {times} micro-steps x {place.ranks} ranks")
+    if cfg.gpus:
+        seconds, price = C / place.ranks / place.peak / place.mfu, place.price * place.ranks / 3600
+        told = f"{place.ranks} {place.name} at MFU {place.mfu:g}, {price * seconds:,.0f} dollars"
+    else:
+        seconds, told = measured_seconds(run, machine), f"{machine.name}, as measured just now"
+    yield f"time: {timedelta(seconds=round(seconds))} on {told}"
+    if place.memory:
+        fixed, row = training_memory(shape, place.ranks, cfg.shard)
+        yield f"memory: {(fixed + row * micro_rows) / 1e9:.1f} GB of {place.memory / 1e9:.0f}"
+    yield f"disk: {24 * n['N_total'] / 1e9:.2f} GB for ckpt.pt and trunk.pt"
+    for kind, share in loader.shares.items():
+        times = loader.epochs(D / shape.context)[kind]
+        line = f"{kind}: {share} % of the rows, {D * share / 100:,.0f} tokens"
+        if times:
+            line += f", {times:.2f} epochs of {run.data.data}"
+        elif kind in SAMPLES and cfg.preset in PRESETS:
+            name, words, images = SAMPLES[kind]
+            samples = D * share / 100 / (words + images * shape.n_patches)
+            size = samples * (4 * words + images * 3 * (shape.image_size * 8 / 7) ** 2)
+            line += f"; of {name}: {samples:,.0f} samples, {size / 1e9:,.1f} GB packed"
+        yield line
+    yield from (f"note: {note}" for note in notes(run, loader))
+
+
+def measured_seconds(run, machine):
+    """Of a whole run: its micro-steps times the median of three. In the first, which is not among
+    them, torch allocates and compiles."""
+    trainer, ends = Trainer(run, machine), []
+    micro_steps, trainer.accumulation = run.steps * trainer.accumulation, 1
+    batches = trainer.loader.train_batches(0, 4 * machine.ranks, trainer.rows, trainer.rows)
+    for _ in range(4):
+        forward_and_backward(trainer, batches)[0].item()
+        ends.append(time.perf_counter())
+    return micro_steps * float(np.median(np.diff(ends)))
 
 
 def compile_blocks(model):
@@ -800,7 +964,7 @@ def result_row(trainer, status, losses):
     tokens = run.train.tokens_per_step
     D, D_vision = trainer.step * tokens, stats["D_vision"]
     copied = ("fusion moe granularity width depth mixture data image_size patch_size context "
-              "tokens_per_step lr vision_lr warmup seed init init_vision")
+              "tokens_per_step lr vision_lr warmup seed init init_vision code")
     experts = {"none": 1, "modality": 2, "learned": model.experts}[model.moe]
     return {
         "run": run.name, **{name: settings[name] for name in copied.split()}, "n_experts": experts,
@@ -827,8 +991,10 @@ def peak_memory(machine):
 
 
 def git_commit():
-    """The short hash of the code that trains, "" outside a repository, None without git."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"]
+    """The commit of the code that trains, with -dirty after an edit; "" outside a repository, None
+    without git."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty",
+               "--exclude=*"]
     with contextlib.suppress(OSError):  # no git here
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
@@ -861,9 +1027,9 @@ def show_sample(trainer):
         f"ask it more:        python -m tools.sample {trainer.run.folder} --prompt \"the \"")
 
 
-def train_one(run, runs, machine):
+def train_one(run, machine):
     """Trains one run and appends its line to results.jsonl. False if it was asked to stop."""
-    trainer = Trainer(run, machine, runs)
+    trainer = Trainer(run, machine)
     trainer.begin()
     status = train(trainer)
     if status == "stopped":
@@ -876,7 +1042,7 @@ def train_one(run, runs, machine):
     if machine.rank == 0:
         append_result(run.train.out, row)
     machine.say(summary(row))
-    if status == "ok" and len(runs) == 1:
+    if status == "ok":
         show_sample(trainer)
     alone = machine.ranks == 1  # several ranks only know what they agreed on in the last step
     return not (trainer.stop.asked if alone else trainer.stopped)
@@ -886,6 +1052,10 @@ def main(argv):
     """Trains what is not finished, the shortest run first, because longer ones need its trunk."""
     runs = parse_runs(argv)
     machine = Machine.start(runs[0].train.device)
+    if runs[0].train.dry_run:
+        for line in itertools.chain(*(plan(run, machine) for run in runs)):
+            machine.say(line)
+        return
     done = finished(runs[0].train.out, tell=machine.rank == 0)
     for run in runs:
         row = machine.share(done.get(run.name))  # or ranks could disagree
@@ -895,7 +1065,7 @@ def main(argv):
         try:
             alone = machine.rank > 0  # only rank 0 needs to see the folder
             with contextlib.nullcontext() if alone else only_process(run.folder, "trains"):
-                went_on = train_one(run, runs, machine)
+                went_on = train_one(run, machine)
         except torch.OutOfMemoryError:
             raise SystemExit(f"{run.name}: out of memory; try --checkpointing, or a smaller "
                              "--micro-rows, which accumulates more") from None

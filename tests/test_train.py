@@ -118,6 +118,52 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert path.read_text("utf-8") == "old"
 
 
+def test_a_longer_budget_tomorrow_starts_from_todays_trunk(tmp_path, capsys):
+    trained(tmp_path / "two", "--tokens", "10K")
+    trained(tmp_path / "two", "--tokens", "20K")
+    assert "from step 16" in capsys.readouterr().out
+    trained(tmp_path / "one", "--tokens", "20K")
+    alone = one(tmp_path / "one")
+    assert log(tmp_path / "two" / alone.name) == log(alone)
+    assert same_weights(tmp_path / "two" / alone.name, alone)
+
+
+def test_a_trunk_that_does_not_serve_is_named(tmp_path, capsys):
+    """A preset's warmup depends on the budget."""
+    flags = "--preset 275m --warmup 0 --image-size 32 --patch-size 8".split()
+    trained(tmp_path, *flags, "--tokens", "10K")
+    trained(tmp_path, *flags, "--tokens", "20K")
+    said = capsys.readouterr().out
+    assert "trunk.pt" in said and "warmup" in said and "from step" not in said
+
+
+def test_an_edit_of_the_code_is_trained_anew(tmp_path, capsys, monkeypatch):
+    """In a folder of its own. The old code then finds its own run again."""
+    before, = trained(tmp_path, "--tokens", "5K")
+    with monkeypatch.context() as edited:
+        edited.setattr(train, "code_version", lambda: "edited")
+        after = trained(tmp_path, "--tokens", "5K")
+        assert after.keys() == {before, f"{before}-edited"}
+        assert "other code" in capsys.readouterr().out
+        assert trained(tmp_path, "--tokens", "5K") == after
+    assert after[before]["code"] != after[f"{before}-edited"]["code"] == "edited"
+    assert trained(tmp_path, "--tokens", "5K") == after
+
+
+def test_only_what_the_code_does_makes_its_version(tmp_path, monkeypatch):
+    for name in ("world", "data", "moe", "model", "train"):
+        (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text("utf-8"), "utf-8")
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    version = train.code_version.__wrapped__
+    same = version()
+    mask = tmp_path / "model.py"
+    text = mask.read_text("utf-8")
+    mask.write_text(text.replace('    """The one rule of the mask', '    """One rule # of it'), "utf-8")
+    assert mask.read_text("utf-8") != text and version() == same == train.code_version()
+    mask.write_text(text.replace("query >= key", "query > key"), "utf-8")
+    assert version() != same
+
+
 def test_finished_runs_are_skipped(tmp_path, capsys):
     first = trained(tmp_path, "--tokens", "5K")
     assert trained(tmp_path, "--tokens", "5K") == first
@@ -218,6 +264,55 @@ def test_results_say_what_the_paper_counts(tmp_path):
         assert name in row
 
 
+def test_speed_is_logged_beside_the_exact_numbers(tmp_path):
+    trained(tmp_path, "--tokens", "5K")
+    path = one(tmp_path) / "speed.jsonl"
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines] == list(range(10))
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds) and seconds[-1] > 0 and lines[-1]["tok_per_s"] > 0
+
+
+# -- before a run ----------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_a_run_takes_and_trains_nothing(tmp_path, capsys):
+    train.main([*TINY, "--tokens", "1M", "--dry-run", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "1,953 steps" in said and "time: 0:00:" in said and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_for_gpus_that_are_not_here(capsys):
+    """8 H100 at MFU 0.5 and 3 dollars: 6 N D FLOPs decide hours and price."""
+    flags = ["--preset", "932m", "--tokens", "10B", "--dry-run"]
+    train.main([*flags, "--gpus", "8xh100x0.5x3"])
+    said = capsys.readouterr().out
+    hours = 6 * 931_676_160 * 10e9 / (8 * 989e12 * 0.5) / 3600
+    clock = train.timedelta(hours=hours)
+    assert f"time: {str(clock)[:4]}" in said and f"{hours * 8 * 3:.0f} dollars" in said
+    assert "of 80" in said and "OBELICS" in said and "DCLM" in said
+    with pytest.raises(SystemExit, match="checkpointing|shard"):
+        train.main(["--preset", "8.13b", "--tokens", "10B", "--dry-run", "--gpus", "1xa100"])
+
+
+@pytest.mark.parametrize("gpus", ["8xh100x4", "0xh100", "8xtpu", "8", "8xh100x0.4x-1", "xxxxxx"])
+def test_gpus_that_mean_nothing(gpus):
+    with pytest.raises(SystemExit, match=gpus):
+        train.main(["--dry-run", "--gpus", gpus])
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--preset", "275m", "--fusion", "late", "--image-size", "32", "--patch-size", "8"], "preset"),
+    (["--warmup", "1000"], "warmup"),
+    (["--tokens", "700"], "tokens")])
+def test_what_is_legal_but_perhaps_not_meant_is_noted(flags, word):
+    run = run_of("--tokens", "20K", *flags)
+    loader = train.Loader(run.data, 0, run.model.context, run.model.image_size,
+                          run.model.patch_size)
+    assert any(f"--{word}" in note for note in train.notes(run, loader))
+    assert not train.notes(run_of("--tokens", "20K"), loader)
+
+
 def test_a_diverged_run_is_marked(tmp_path):
     row, = trained(tmp_path, "--tokens", "5K", "--lr", "1e30", "--grad-clip", "1e30").values()
     assert (row["status"], row["loss"]) == ("diverged", None) and row["D"] <= 5120
@@ -298,8 +393,8 @@ def test_the_set_of_flags_is_frozen():
     """A new flag needs a user: add it here only together with the reason in its comment."""
     known = set("""out preset init init_vision tokens tokens_per_step micro_rows lr vision_lr
         warmup cooldown weight_decay grad_clip load_balancing_weight seed eval_every save_every
-        device compile attention experts_by shard fusion moe experts top_k granularity width depth heads
-        context image_size patch_size mlp_multiple vision_width vision_depth checkpointing data
+        device compile attention experts_by shard dry_run gpus fusion moe experts top_k granularity
+        width depth heads context image_size patch_size mlp_multiple vision_width vision_depth checkpointing data
         mixture augment flip val_rows workers""".split())
     fields = [f.name for kind in (train.TrainConfig, train.ModelConfig, train.DataConfig)
               for f in train.fields(kind)]

@@ -56,7 +56,6 @@ SIZES = {"1M": dict(width=128, depth=5, heads=4), "5M": dict(width=256, depth=6,
 # 16 rows of the paper's context, 8 times a step, so that clipping and AdamW cost what they cost in
 # a real run
 GPU_STEP = {"tokens_per_step": 8 * 16 * 1024, "micro_rows": 16}
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # published dense bf16 FLOP/s
 GPU_MARKS = {
     "gpu275m": {"275m early": ">= 0.45", "275m late": ">= 0.45", "275m MoE": ">= 0.40",
                 "275m MoE / dense step": "<= 1.35", "275m step, mask on / causal only": "<= 1.05",
@@ -265,7 +264,8 @@ def compare(bench, size, kinds, rounds, marks, ratios=(), extra=None, note=""):
     took = bench.interleave({"gemm": bench.product(side), **(extra or {}),
                              **{name: partial(work, name=name) for name in trainers}}, rounds)
     gpu = torch.cuda.get_device_name() if bench.machine.is_cuda else ""
-    rate = next((peak for key, peak in PEAKS.items() if key in gpu), 2 * side**3 / took["gemm"])
+    rate = next((peak for key, (peak, _) in train.CARDS.items() if key in gpu),
+                2 * side**3 / took["gemm"])
     often = next(iter(trainers.values())).accumulation
     tokens, order = often * batches[0]["tokens"].numel(), np.arange(bench.rounds(rounds)) % 4
     counts = [(batch["tokens"].numel(), len(batch["images"]), len(batch["target_index"]))
@@ -540,7 +540,7 @@ def packing(bench):
     yield Row("load, random crop, patchify at 224 px, images/s a core", rates["load"])
     for preset, mfu in (("275m", 0.45), ("932m", 0.55)):
         flops = typical_flops(config_of({"preset": preset}))
-        wanted = mfu * PEAKS["H100"] / flops * 0.45 / 256
+        wanted = mfu * train.CARDS["H100"][0] / flops * 0.45 / 256
         yield Row(f"loader workers for {preset} at {mfu:.0%} of an H100", wanted / rates["load"],
                   note=f"{wanted:,.0f} images of 256 patches a s")
 
@@ -576,7 +576,8 @@ def scaling(bench):
     n, link, micro = 8, 450e9, 16 * 1024
     cfg = config_of({"preset": "932m"})
     size = 4 * on_meta(cfg).num_params()["N_total"]
-    talk, token = size * 2 * (n - 1) / n / link, typical_flops(cfg) / (0.55 * PEAKS["H100"])  # s
+    talk = size * 2 * (n - 1) / n / link  # seconds
+    token = typical_flops(cfg) / (0.55 * train.CARDS["H100"][0])
     work, hidden = 2048 * 1024 / n * token, micro * token * 2 / 3
     yield Row("DDP scaling on paper, 932m on 8 H100s", work / (work + max(0, talk - hidden)),
               ">= 0.95", f"{size / 1e9:.2f} GB x {2 * (n - 1) / n} / {link / 1e9:.0f} GB/s = "

@@ -26,7 +26,7 @@ import torch
 import train
 from model import Attention, Model, attention_mask, block_mask, rope_table, training_memory
 from moe import grouped_experts, grouped_mm_is_fast, looped_experts
-from tools.bench import PEAKS, random_batch, step, step_flops
+from tools.bench import random_batch, step, step_flops
 
 LIMIT = 0.02  # of the norm. Rounding to bf16 makes 0.005 to 0.01, a wrong mask more than 0.5.
 
@@ -167,9 +167,8 @@ def speed(run, machine):
     flops = step_flops(run.model, tokens, len(batch["images"]), len(batch["target_index"])) / took
     told = (f"{trainer.rows} rows x {run.model.context} in {1e3 * took:,.0f} ms, "
             f"{tokens / took:,.0f} tokens/s, {flops / 1e12:.2f} TFLOP/s")
-    peak = next((rate for name, rate in PEAKS.items() if name in machine.name), 0)
-    if peak:
-        told += f", MFU {flops / peak:.1%}"
+    if machine.peak:
+        told += f", MFU {flops / machine.peak:.1%}"
     if machine.is_cuda:
         fixed, row = training_memory(run.model)
         told += (f"; memory {train.peak_memory(machine) * 2**20 / 1e9:.1f} GB, by the arithmetic "

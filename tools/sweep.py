@@ -51,8 +51,8 @@ def parse_grid(words):
 
 
 def cost(run):
-    """Of a run, about in proportion to its time."""
-    return run.steps * run.train.tokens_per_step * run.model.width ** 2 * run.model.depth
+    """The training FLOPs of a run's blocks, about."""
+    return 72 * run.steps * run.train.tokens_per_step * run.model.width ** 2 * run.model.depth
 
 
 def places(device, jobs):
@@ -98,15 +98,15 @@ def failure(child):
     return f"{''.join(last)} (see {child.log})"
 
 
-def steps_done(run):
-    """Steps in a run's log so far."""
+def share_done(run):
+    """Of a run, by the steps in its log so far."""
     path = run.folder / "log.jsonl"
     if not path.exists():
         return 0
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 2000))
         lines = file.read().decode("utf-8", "replace").splitlines()[:-1]  # the last may be partial
-    return json.loads(lines[-1])["step"] + 2 if len(lines) > 1 else 0
+    return (json.loads(lines[-1])["step"] + 2) / run.steps if len(lines) > 1 else 0
 
 
 def train_all(jobs, free, bar, stop):
@@ -134,7 +134,7 @@ def train_all(jobs, free, bar, stop):
         for name in [run.name for run in runs if run.name in rows.keys() - told]:
             tqdm.write(train.summary(rows[name]), file=sys.stdout)
         told |= rows.keys()
-        bar.update(sum(map(steps_done, runs)) - bar.n)
+        bar.update(sum(cost(run) * share_done(run) for run in runs) - bar.n)
     return failures
 
 
@@ -159,7 +159,8 @@ def main(argv=None):
     free, done = places(runs[0].train.device, args.jobs), train.finished(runs[0].train.out)
     print(f"{len(runs)} runs, {sum(run.name in done for run in runs)} of them finished before, "
           f"{min(len(free), len(jobs))} at a time", flush=True)
-    bar = tqdm(total=sum(run.steps for run in runs), unit="step", disable=not sys.stderr.isatty())
+    bar = tqdm(total=sum(map(cost, runs)), unit="FLOP", unit_scale=True,
+               disable=not sys.stderr.isatty())
     todo = [job for job in jobs if not done.keys() >= {run.name for run in job[1]}]
     with train.StopSignal() as stop, bar:
         failures = train_all(todo, free, bar, stop) if todo else []
