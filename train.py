@@ -36,7 +36,6 @@ from collections import ChainMap
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -824,7 +823,8 @@ def forward_and_backward(trainer, batches):
 
 # ---- Before a run: what it would take ---------------------------------------------------------
 
-class Cards(NamedTuple):
+@dataclass(frozen=True)
+class Cards:
     """GPUs to plan for, which need not be here."""
     ranks: int
     name: str
