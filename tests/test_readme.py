@@ -134,16 +134,18 @@ def prepare(command, home):
         shutil.copytree(done, home / run[1])
 
 
-def test_the_commands_run_in_their_order(workplace):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+def test_the_commands_run_in_their_order(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
     ran = 0
     for command in commands():
         if command.startswith("pip ") or "pytest" in command or "--nnodes" in command:
             continue
         prepare(command, workplace)
-        result = subprocess.run(small(words_of(command, workplace)), cwd=workplace,
-                                env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        words = small(words_of(command, workplace))
+        try:
+            run_here(words)
+        except SystemExit as error:
+            pytest.fail(f"{command}\n{error}")
         ran += 1
     assert ran >= 8
 
@@ -200,8 +202,8 @@ def run_here(words):
     tool, *flags = words[2:] if words[1] == "-m" else words[1:]
     if tool == "tools.sweep":  # one after the other; tests/test_sweep.py runs real ones
         return [train.main(argv) for argv, _ in sweep.parse_grid(flags)]
-    if tool == "tools.bench":  # it measures processes
-        return subprocess.run(words, check=True, capture_output=True)
+    if tool in ("tools.bench", "torch.distributed.run"):  # they measure or start processes
+        return subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return importlib.import_module(tool.removesuffix(".py")).main(flags)
 
 

@@ -268,3 +268,31 @@ def test_each_tool_runs_from_the_root_of_the_repository(study, sft_run, tmp_path
     assert "accuracy_colour" in scored and "loss_caption" in tabled.splitlines()[0]
     for name in ("c.png", "t.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+
+
+# -- board -----------------------------------------------------------------------------------------
+
+
+def test_curves_go_to_a_board_once_and_whole(tmp_path):
+    """A line that is being written is sent when it is whole, and nothing is sent twice."""
+    from collections import defaultdict
+
+    from tools import board
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / "log.jsonl").write_text('{"step": 0, "loss": 2.5}\n{"step": 1, "lo', "utf-8")
+    (run / "speed.jsonl").write_text('{"step": 0, "tok_per_s": 9}\n', "utf-8")
+    sent, writers, seen = [], {}, defaultdict(int)
+    new_writer = lambda name: lambda *point: sent.append((name, *point))  # noqa: E731
+    board.send(tmp_path, writers, seen, new_writer)
+    assert sent == [("a", "loss", 2.5, 0), ("a", "tok_per_s", 9, 0)]
+    with open(run / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('ss": 2.0}\n')
+    board.send(tmp_path, writers, seen, new_writer)
+    assert sent[2:] == [("a", "loss", 2.0, 1)]
+
+
+def test_a_board_needs_a_run(tmp_path):
+    from tools import board
+    with pytest.raises(SystemExit, match="no run"):
+        board.main([str(tmp_path)])

@@ -1,0 +1,79 @@
+"""Curves of runs in TensorBoard or Weights & Biases, while they train or afterwards.
+
+    pip install tensorboard
+    python -m tools.board runs/demo --follow          then: tensorboard --logdir runs/demo/board
+    python -m tools.board runs/demo --to wandb        one project a study, one run a run
+
+Training knows nothing of either: this reads the log.jsonl and speed.jsonl of each run, from any
+machine that sees the folder, and sends what it has not sent before.
+"""
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from data import check
+from tools import need
+from train import Parser
+
+
+def new_lines(path, seen):
+    """The lines of a file after those that were seen. A last line without its end is left for the
+    next time, because it is being written."""
+    with open(path, "rb") as file:
+        file.seek(seen[path])
+        for line in file:
+            if line.endswith(b"\n"):
+                seen[path] += len(line)
+                yield json.loads(line)
+
+
+def send(out, writers, seen, new_writer):
+    """Sends everything new of all runs in the folder `out`."""
+    for path in sorted(out.glob("*/log.jsonl")) + sorted(out.glob("*/speed.jsonl")):
+        name = path.parent.name
+        for line in new_lines(path, seen):
+            if name not in writers:
+                writers[name] = new_writer(name)
+            step = line.pop("step")
+            for key, value in line.items():
+                writers[name](key, value, step)
+
+
+def tensorboard(out):
+    """-> a function that makes the writer of a run: (name of a curve, value, step) -> None."""
+    need("tensorboard", "tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+    return lambda name: SummaryWriter(out / "board" / name).add_scalar
+
+
+def wandb(out):
+    """The same for Weights & Biases, where a curve has its own steps, because two files of one run
+    come one after the other."""
+    wandb = need("wandb", "wandb")
+
+    def new_writer(name):
+        run = wandb.init(project=out.name, id=name, name=name, resume="allow", reinit="create_new")
+        run.define_metric("*", step_metric="training step")
+        return lambda key, value, step: run.log({key: value, "training step": step})
+    return new_writer
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m tools.board", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder of a study")
+    parser.add_argument("--to", choices=("tensorboard", "wandb"), default="tensorboard")
+    parser.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
+    args = parser.parse_args(argv)
+    check(any(args.out.glob("*/log.jsonl")), f"{args.out}: no run has begun here")
+    new_writer = {"tensorboard": tensorboard, "wandb": wandb}[args.to](args.out)
+    writers, seen = {}, defaultdict(int)
+    send(args.out, writers, seen, new_writer)
+    while args.follow:
+        time.sleep(5)
+        send(args.out, writers, seen, new_writer)
+    print(f"sent {len(writers)} runs to {args.to}")
+
+
+if __name__ == "__main__":
+    main()
