@@ -5,9 +5,10 @@
 
 The law L = E + A/N^alpha + B/D^beta (N parameters, D tokens, L nats) is fitted to each group of
 runs as the paper does it (arXiv 2504.07951, App. C). The program prints the paper's Table 2 with
-95 % intervals and writes laws.json and laws.png. E is the loss that no model beats; the best
-models for C FLOPs follow N ~ C^a, D ~ C^b, D ~ N^d, and their loss L ~ C^c. A "?" marks what the
-runs do not determine. Other laws and figures: python -m tools.laws_more, python -m tools.figures.
+95 % intervals. E is the loss that no model beats; the best models for C FLOPs follow N ~ C^a,
+D ~ C^b, D ~ N^d, and their loss L ~ C^c. A "?" marks what the runs do not determine. A run folder
+gets laws.json and laws.png; a table is only read, unless --out or --json names a place.
+Other laws and figures: python -m tools.laws_more, python -m tools.figures.
 
   --where RULE        only rows with, say, kept=1, C<1e21 or fusion!=late (repeatable)
   --group-by COL,COL  a law for each value of these columns; '' fits one law to all rows
@@ -17,9 +18,9 @@ runs do not determine. Other laws and figures: python -m tools.laws_more, python
   --budget C,C        best N, D and loss for so many FLOPs, such as 2.5e20,1e21
   --compare A B       differences of two groups, with intervals
   --bootstrap K       resamples for the intervals (default: 1000)
-  --out FOLDER        where to write (default: the run folder, or here)
+  --out FOLDER        where to write laws.json and laws.png (default: the run folder)
   --json FILE         where to write the numbers instead of laws.json
-  --no-plots          do not draw laws.png
+  --details           also print A, B, R2, MSE and how well the runs determine the law
 """
 
 # Dimensions: n rows (runs), T terms of the law, P coefficients (T intercepts, then slopes),
@@ -71,13 +72,12 @@ class Runs:
 #     ln L = logsumexp(a - alpha ln N, b - beta ln D, e)
 # So one constant array, the design, holds the whole law: terms = design @ theta. The paper
 # minimises the sum over runs of Huber(ln L predicted - ln L observed), delta = 1e-3, with
-# L-BFGS-B from 1764 starts. Most residuals exceed 1e-3, which makes this nearly a sum of
+# L-BFGS-B from many starts. Most residuals exceed 1e-3, which makes this nearly a sum of
 # absolute deviations, and one bad run does not move the law.
 #
 # The usual call of scipy stops too early and still reports success, for three reasons:
-#   1. delta = 1e-3 makes the sum about 1e-3. scipy stops when F falls by less than
-#      ftol * max(F, 1), so below 1 its relative tolerance of 2e-9 is really an absolute one.
-#      We divide F by delta, which makes it about 1, and set ftol to 1e-15.
+#   1. delta = 1e-3 makes the sum about 1e-3, and below 1 scipy's relative tolerance is an
+#      absolute one. We divide F by delta, which makes it about 1, and set ftol to 1e-15.
 #   2. ln A and alpha correlate at 0.999, because ln N is about 20 in every row. We centre:
 #      instead of ln A and ln B, theta holds the logs of the terms at the mean ln N and ln D.
 #   3. A gradient by differences is wrong from the eighth digit on. Ours is exact.
@@ -142,7 +142,8 @@ def minimise(problem, starts, weight=1.0, bounds=None):
 
 def projected_starts(problem, *grids):
     """Our starts (K, P): on a grid of slopes, where the law is linear in A, B and E, solve it.
-    Most of these lead to the best minimum, while most of the paper's 1764 do not."""
+    Most of these lead to the best minimum. Most of the paper's 1764 do not, and none to a better.
+    """
     T, starts = len(problem.design), []
     least = 1e-3 * np.exp(problem.target.min())  # because ln 0 is no start
     for slopes in product(*(grids or [np.geomspace(0.05, 2.5, 12)] * 2)):
@@ -160,50 +161,46 @@ def screen(problem, starts, count=12):
 
 def fit_law(runs, delta=1e-3):
     """Runs -> coef (5,), objective (the sum of Huber losses) and the doubts of `diagnose`."""
-    name, n = runs.name, len(runs.N)
-    check(n >= 6, f"{name}: {n} usable rows; at least 6 are needed")
-    check(np.ptp(np.log(runs.N)) > 0.01, f"{name}: all N are equal; run two sizes")
+    n = len(runs.N)
+    check(n >= 6, f"{runs.name}: {n} usable rows, but a law needs at least 6; add sizes or tokens")
+    check(np.ptp(np.log(runs.N)) > 0.01, f"{runs.name}: all N are equal; run two sizes")
+    check(np.ptp(runs.L) > 0, f"{runs.name}: all losses are equal; is --loss the right column?")
     problem = build_problem(runs, delta)
-    logs, e, slopes = range(0, 31, 5), (-1, -0.5, 0.5, 1), (0, 0.5, 2.5)
-    paper = [*product(logs, logs, e, slopes, slopes)]  # its 1764 starts
-    grids = problem.theta(np.array(paper, float)), projected_starts(problem)
-    best = minimise(problem, [start for grid in grids for start in screen(problem, grid)])
+    best = minimise(problem, screen(problem, projected_starts(problem)))
     return SimpleNamespace(coef=best.x @ problem.centring, objective=best.fun * delta,
                            **diagnose(runs, problem, best.x))
 
 
 def diagnose(runs, problem, theta):
     """How far to trust theta: -> the condition number of dr / dcoef (2e2 on a good grid, 1e7 where
-    D/N is constant), flags (sentences of doubt), names of coefficients that are unidentified."""
+    D/N is constant), flags (what the runs lack), names of what they leave unidentified."""
     r, share = residual(theta, problem)
     jacobian = np.einsum("tn,tnp->np", share, problem.design)  # dr / dtheta
     curvature = jacobian.T @ jacobian
-    # a free direction has no curvature; like this it gets a huge error
-    curvature += 1e-12 * curvature.max() * np.eye(len(theta))
+    curvature += 1e-12 * curvature.max() * np.eye(len(theta))  # or a free direction has no inverse
     spread = 1.9 * max(np.median(np.abs(r)), 1e-5)
     error = spread * np.sqrt(np.diag(np.linalg.inv(curvature)))  # rough standard errors
     jacobian = jacobian @ np.linalg.inv(problem.centring).T  # dr / dcoef, as others print it
     norm = np.linalg.norm(jacobian, axis=0).clip(1e-300)
     condition, flags, weak = min(np.linalg.cond(jacobian / norm), 1e17), [], []
     if np.ptp(np.log(runs.D)) < 0.01:
-        flags.append("D is the same in all runs: B, beta and E cannot be told apart")
+        flags.append("D is the same in all runs: B, beta and E cannot be told apart; "
+                     "run two token counts")
     elif condition > 1e5:
-        flags.append("the runs lie on a ridge: N and D grow together")
+        flags.append("the runs lie on a ridge, because N and D grow together; "
+                     "run several token counts at each size")
     for term, names, j in ((0, "A alpha", 3), (1, "B beta", 4), (2, "E", 2)):
         size = 1 if j == 2 else theta[j]  # an error of 0.5 in ln E, or of half an exponent
         gone = share[term].max() < 1e-3 or condition > 1e5
         if gone or not 0 < size <= 2 or error[j] > 0.5 * size:
-            weak += names.split()
-            flags.append(f"{names} not identified (+- {error[j]:.1g})")
-    return {"condition": condition, "flags": flags, "unidentified": sorted(weak)}
+            weak += names.split() + [*"abd"] * (j > 2)
+    return {"condition": condition, "flags": flags, "unidentified": sorted({*weak})}
 
 
-def draw_weights(cluster, count, seed):
-    """Draw as many clusters as there are, with replacement -> times each row came, (count, n)."""
-    labels, member = np.unique(cluster, return_inverse=True)
-    chance = np.full(len(labels), 1 / len(labels))
-    drawn = np.random.default_rng(seed).multinomial(len(labels), chance, size=count)
-    return drawn[:, member].astype(float)
+def draw_weights(n, count, seed):
+    """Draw n of n runs, with replacement -> how often each run came, (count, n)."""
+    chance = np.full(n, 1 / n)
+    return np.random.default_rng(seed).multinomial(n, chance, size=count).astype(float)
 
 
 def bootstrap(runs, fit, weight, delta=1e-3):
@@ -263,11 +260,6 @@ def derive(coef):
         return dict(zip(NAMES, [*np.exp(logs), alpha, beta]), a=a, b=1 - a, d=d)
 
 
-def fit_line(x, y):
-    """Least squares -> slope, intercept."""
-    return np.polyfit(x, y, 1)
-
-
 def hull(x, y):
     """Rows on the falling lower convex hull of points (n,), from left to right (C.3)."""
     at = np.lexsort((y, x))[0]
@@ -289,14 +281,13 @@ def envelope(C, L, cut):
     if last < first * (1 + 1e-9):
         return np.nan
     at = np.log(np.linspace(first, last, 200))
-    return fit_line(at, np.interp(at, x[rows], y[rows]))[0]
+    return np.polyfit(at, np.interp(at, x[rows], y[rows]), 1)[0]
 
 
 # ---------------------------------------------------------------- reading tables
 
-ALIASES = {"n": "N", "params": "N", "parameters": "N", "n_params": "N",
-           "d": "D", "tokens": "D", "n_tokens": "D",
-           "loss": "loss", "val_loss": "loss", "c": "C", "flops": "C", "compute": "C"}
+ALIASES = {"n": "N", "params": "N", "parameters": "N", "d": "D", "tokens": "D",
+           "loss": "loss", "val_loss": "loss", "c": "C", "flops": "C"}
 SIGNS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt,
          "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
@@ -333,7 +324,7 @@ def column(rows, name):
     names = dict.fromkeys(key for row in rows for key in row)
     near = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean {near[0]}?" if near else "columns: " + ", ".join(names)
-    check(name in names, f"no column {name!r} in the table; {hint}")
+    check(name in names or not rows, f"no column {name!r} in the table; {hint}")
     return [row.get(name) for row in rows]
 
 
@@ -358,8 +349,7 @@ def select(rows, rule):
     name, sign, value = match.groups()
     read = str if np.isnan(number(value)) else number
     check(read is number or sign[0] in "=!", f"rule {rule!r}: {value!r} is not a number")
-    cells = map(read, column(rows, name))
-    return np.array([SIGNS[sign](cell, read(value)) for cell in cells])
+    return np.array([SIGNS[sign](read(cell), read(value)) for cell in column(rows, name)])
 
 
 def keep(rows, mask, reason, notes):
@@ -367,24 +357,19 @@ def keep(rows, mask, reason, notes):
     kept = [row for row, good in zip(rows, mask) if good]
     if len(kept) < len(rows):
         notes.append(f"{len(rows) - len(kept)} rows left out: {reason}")
-    check(kept, f"no usable rows: {reason}")
     return kept
 
 
 def load(args):
     """Command line -> rows of finished runs, notes on the others."""
     rows = [row for path in args.path for row in read_rows(path)]
-    check(rows, f"{args.path[0]}: no rows in it")
     notes = [f"{len(rows)} rows read from {', '.join(args.path)}"]
     status = [str(row.get("status") or "ok") for row in rows]
     bad = ", ".join(sorted({*status} - {"ok"}))
     rows = keep(rows, [s == "ok" for s in status], f"status is {bad}", notes)
     for rule in args.where:
         rows = keep(rows, select(rows, rule), f"not {rule}", notes)
-    names = {key for row in rows for key in row}
-    if "D" not in names and "C" in names:
-        notes.append("no column of tokens: D = C / (6 N)")
-        rows = [row | {"D": number(row["C"]) / (6 * number(row.get("N")))} for row in rows]
+    check(rows, f"{'; '.join(notes)}; no row is left to fit")
     return rows, notes
 
 
@@ -394,6 +379,7 @@ def make_runs(rows, name, loss, args, notes):
         column(rows, key)
         good = np.isfinite(positive(rows, key))
         rows = keep(rows, good, f"{key} is not a positive number in {name}", notes)
+    check(rows, f"{name}: no row is left to fit; correct these columns")
     N, D, L = (positive(rows, key) for key in ("N", "D", loss))
     Nv, Dv = positive(rows, "N_vision"), positive(rows, "D_vision")
     floor = positive(rows, loss.replace("loss", "floor", 1)).mean()
@@ -404,7 +390,7 @@ def make_runs(rows, name, loss, args, notes):
     C = 6 * N * D
     vision = (0, 0, 1)
     if np.isfinite(Nv * Dv).all():
-        q, p = fit_line(np.log(N), np.log(Nv))
+        q, p = np.polyfit(np.log(N), np.log(Nv), 1)
         C, vision = 6 * (Nv * Dv + N * D), (np.median(Dv / D), p, q)
     return Runs(name, N, D, L, C, np.array(rows), vision, floor)
 
@@ -429,7 +415,7 @@ def study(runs, args, stream):
     held = select(runs.table, rule)
     test, runs = runs.rows(held), runs.rows(~held)
     fit = fit_law(runs)
-    weight = draw_weights(np.arange(len(runs.N)), args.bootstrap, [0, stream])
+    weight = draw_weights(len(runs.N), args.bootstrap, [0, stream])
     draws = bootstrap(runs, fit, weight)
     cut = runs.C.min() ** 0.75 * runs.C.max() ** 0.25  # the frontier counts from here on
     values, samples = derive(fit.coef), derive(draws)
@@ -437,7 +423,7 @@ def study(runs, args, stream):
     values["c"], samples["c"] = envelope(runs.C, runs.L, cut), np.array(drawn)
     ci = {k: interval(x) for k, x in samples.items()} if args.bootstrap else {}
     if ci and fit.condition > 1e5:  # resamples stop anywhere on a ridge
-        ci |= dict.fromkeys([*fit.unidentified, *"abd"])
+        ci |= dict.fromkeys(fit.unidentified)
     s = SimpleNamespace(runs=runs, fit=fit, weight=weight, draws=draws, samples=samples)
     s.record = {
         "name": runs.name, **values, **quality(fit.coef, runs), "ci": ci,
@@ -474,10 +460,11 @@ def gather(args):
         try:
             runs = make_runs(group, name, loss, args, notes)
             studies.append(study(runs, args, len(studies)))
+            notes += [f"{name}: {flag}" for flag in studies[-1].fit.flags]
         except SystemExit as error:
             notes.append(str(error).removeprefix("fit_laws.py: "))
     notes = list(dict.fromkeys(notes))  # the losses of one group share theirs
-    check(studies, "; ".join(notes[1:]))
+    check(studies, "; ".join(notes))
     names = [s.runs.name for s in studies]
     for name in args.compare or ():
         check(name in names, f"--compare: no group {name!r}; groups: {', '.join(names)}")
@@ -496,30 +483,32 @@ def span(ends, form=".3f"):
 
 def print_table(records):
     """The paper's Table 2, an interval under each number, "?" at what is not identified."""
-    line = "{:20}{:<6}" + 10 * "{:17}"
-    print("\n" + line.format("group", "runs", *EXPONENTS, "R2(ln L)", "MSE", "MAE %"))
+    line = "{:20}{:<6}" + 8 * "{:17}"
+    print("\n" + line.format("group", "runs", *EXPONENTS, "mean error %"))
     for g in records:
-        doubtful = {*g["not_identified"]}
-        doubtful |= {*"abd"} if doubtful & {"alpha", "beta"} else set()
-        texts = [f"{g[k]:.4f}{'?' * (k in doubtful)}" for k in EXPONENTS]
-        texts += "{r2:.5f} {mse:.2e} {mae_pct:.3f}".format(**g).split()
-        print(line.format(g["name"], g["n"], *texts))
+        texts = [f"{g[k]:.4f}{'?' * (k in g['not_identified'])}" for k in EXPONENTS]
+        print(line.format(g["name"], g["n"], *texts, f"{g['mae_pct']:.2f}"))
         if g["ci"]:
             print(" " * 26 + "".join(f"{span(g['ci'][k]):17}" for k in EXPONENTS))
 
 
-def print_details(g):
-    """What a careful reader asks about one group."""
-    floor = f"; true floor {g['floor']:.5g}" if g["floor"] > 0 else ""
-    print("\n{name}: E = {E:.5g}, A = {A:.5g}, B = {B:.5g}".format(**g) + floor)
-    if g["holdout"]:
-        print("  {n} rows held out: MAE {mae_pct:.3f} %, "
-              "mean error {bias_pct:+.3f} %".format(**g["holdout"]))
+def print_group(g, details):
+    """One group in sentences: what its law says of more compute, and what the flags ask for."""
+    advice = (f"for 10 times the compute, take {10 ** g['a']:.1f} times the parameters and "
+              f"{10 ** g['b']:.1f} times the tokens")
+    if "a" in g["not_identified"]:
+        advice = "these runs do not determine how to spend more compute"
+    floor = f"; the true floor of the loss is {g['floor']:.4f}" if g["floor"] > 0 else ""
+    print(f"\n{g['name']}: {advice}{floor}")
     for b in g["budgets"]:
         print("  at C = {C:.3g}: N {N:.3g}, D {D:.3g}, loss {loss:.4f}".format(**b),
               span(b["ci"]["loss"], ".4f") + ", outside the range" * b["extrapolates"])
-    for flag in g["flags"]:
-        print(f"  WARNING: {flag}")
+    if g["holdout"]:
+        print("  {n} runs held out: error {mae_pct:.2f} % of the loss in the mean, "
+              "{bias_pct:+.2f} % with its sign".format(**g["holdout"]))
+    if details:
+        print("  A {A:.5g}, B {B:.5g}, R2 of ln L {r2:.5f}, MSE {mse:.2e}, sum of Huber losses "
+              "{objective:.4g}, condition {condition:.2g}".format(**g))
 
 
 def compare(studies, args):
@@ -564,6 +553,7 @@ def draw(studies, path):
                xlabel="FLOPs C", ylabel="loss (nats)")
         ax.legend(fontsize=7, frameon=False)
     page.savefig(path, dpi=150)
+    print(f"wrote {path}")
 
 
 def flops(text):
@@ -586,7 +576,7 @@ def parse_args(argv=None, manual=__doc__, switches=()):
     p.add_argument("--bootstrap", type=int, default=1000)
     p.add_argument("--out", type=Path)
     p.add_argument("--json", type=Path)
-    for flag in ("--no-plots", *switches):
+    for flag in ("--details", *switches):
         p.add_argument(flag, action="store_true")
     args, unknown = p.parse_known_args(argv)
     for flag in unknown[:1]:
@@ -595,7 +585,7 @@ def parse_args(argv=None, manual=__doc__, switches=()):
     check(args.path or switches, "give a run folder or a table")
     check(args.bootstrap >= 0, "--bootstrap is negative")
     home = Path(*args.path[:1])
-    args.out = args.out or (home if home.is_dir() else Path())
+    args.out = args.out or (home if home.is_dir() else None)
     return args
 
 
@@ -607,6 +597,7 @@ def write_json(path, content):
         path.write_text(json.dumps(content, indent=1), encoding="utf-8")
     except OSError as error:
         check(False, f"{path}: cannot write: {error.strerror}; choose another --out")
+    print(f"wrote {path}")
 
 
 def main(argv=None):
@@ -616,12 +607,13 @@ def main(argv=None):
     result = {"groups": [s.record for s in studies], "notes": notes}
     print("\n".join(notes))
     print_table(result["groups"])
-    for record in result["groups"]:
-        print_details(record)
     if args.compare:
         result["compare"] = compare(studies, args)
-    write_json(args.json or args.out / "laws.json", result)
-    if not args.no_plots:
+    for record in result["groups"]:
+        print_group(record, args.details)
+    if args.json or args.out:
+        write_json(args.json or args.out / "laws.json", result)
+    if args.out:
         draw(studies, args.out / "laws.png")
     return result
 

@@ -103,7 +103,7 @@ def test_sparse_law_of_table_12():
     assert more.sparse_law(runs.rows(active > 0.4), np.ones((1, 96)), DELTA) is None
     experts = [{k: row[k] for k in ("n_experts", "top_k")} for row in runs.table]
     np.testing.assert_allclose(more.active_share(SimpleNamespace(table=experts)), active)
-    weights = fl.draw_weights(np.arange(240), 10, 0)
+    weights = fl.draw_weights(240, 10, 0)
     weak = more.sparse_law(sparse_runs(0.005), weights, DELTA)["not_identified"]
     assert {"C", "lambda", "A"} & {*weak} and not {"B", "beta"} & {*weak}
 

@@ -147,6 +147,7 @@ def main(argv=None):
     """Fit, draw both figures, say where they are."""
     args = parse_args(argv, __doc__)
     check(not args.compare and not args.json, "--compare and --json belong to fit_laws.py")
+    check(args.out, "name a folder for the figures with --out")
     figure = need("matplotlib.figure", "matplotlib")  # before the fit, which takes longer
     notes, studies = gather(args)
     print("\n".join(notes))

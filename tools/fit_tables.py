@@ -136,7 +136,7 @@ def grid_regression(coef, points, even, budgets=(1e18, 1e22)):
     N = C[:, None] / (6 * D)  # (Q, points)
     best = fl.predict(coef, N, D).argmin(1)
     lnN, lnD = np.log(N[np.arange(40), best]), np.log(D[best])
-    return [fl.fit_line(x, y)[0] for x, y in ((np.log(C), lnN), (np.log(C), lnD), (lnN, lnD))]
+    return [np.polyfit(x, y, 1)[0] for x, y in ((np.log(C), lnN), (np.log(C), lnD), (lnN, lnD))]
 
 
 def paper_rows():
@@ -187,7 +187,7 @@ def coverage(studies, resamples):
     for k in range(studies):
         name, noise = list(laws)[k % 6], (0.003, 0.005, 0.01)[k // 6 % 3]
         runs = plant(name, laws[name], noise, k)
-        fit, weight = fl.fit_law(runs), fl.draw_weights(np.arange(len(runs.N)), resamples, k)
+        fit, weight = fl.fit_law(runs), fl.draw_weights(len(runs.N), resamples, k)
         draws = fl.bootstrap(runs, fit, weight)
         value, truth, *many = (numbers(coef, runs) for coef in (fit.coef, laws[name], *draws))
         lo, hi = np.transpose([fl.interval(x) for x in np.transpose(many)])
@@ -216,7 +216,7 @@ def sparse_coverage(studies, resamples):
     truth, found, picked = np.r_[np.exp(SPARSE_TRUTH[:5]), SPARSE_TRUTH[5:]], [], 0
     for k in range(studies):
         runs = plant_sparse((0.003, 0.005, 0.01)[k % 3], k)
-        law = lm.sparse_law(runs, fl.draw_weights(np.arange(len(runs.N)), resamples, k), 1e-3)
+        law = lm.sparse_law(runs, fl.draw_weights(len(runs.N), resamples, k), 1e-3)
         value, ci = (np.array([x[name] for name in lm.SPARSE_NAMES]) for x in (law, law["ci"]))
         flagged = [name in law["not_identified"] for name in lm.SPARSE_NAMES]
         found.append([value - truth, (ci[:, 0] <= truth) & (truth <= ci[:, 1]), flagged])

@@ -20,9 +20,9 @@ from types import SimpleNamespace
 import numpy as np
 from scipy.optimize import brentq
 
-from fit_laws import (NAMES, build_problem, check, derive, encoder, fit_line, gather, interval,
-                      minimise, number, optimum, parse_args, projected_starts, residual, screen,
-                      span, write_json)
+from fit_laws import (NAMES, build_problem, check, derive, encoder, gather, interval, minimise,
+                      number, optimum, parse_args, projected_starts, residual, screen, span,
+                      write_json)
 
 DELTA = 1e-3  # of the Huber loss
 PEAK = {"a100": 312e12, "h100": 989e12, "h200": 989e12}  # dense bf16 FLOP/s of a GPU
@@ -64,9 +64,9 @@ def isoflop(runs, budgets, weight):
     C, N, D, loss = minima[:, np.isfinite(minima).all(0)]
     if len(C) < 2:
         return dict.fromkeys(ISOFLOP, np.nan)
-    b, lnD0 = fit_line(C, D)
-    c, d = fit_line(C, loss)[0], fit_line(N, D)[0]
-    return dict(zip(ISOFLOP, (fit_line(C, N)[0], b, c, d, np.exp(lnD0))))
+    b, lnD0 = np.polyfit(C, D, 1)
+    a, c, d = (np.polyfit(x, y, 1)[0] for x, y in ((C, N), (C, loss), (N, D)))
+    return dict(zip(ISOFLOP, (a, b, c, d, np.exp(lnD0))))
 
 
 def regression(coef, runs):
@@ -79,7 +79,7 @@ def regression(coef, runs):
     lines = {f"{name}_{suffix}": (x, y) for suffix, size in sizes.items()
              for name, x, y in (("a", C, size), ("b", C, D), ("c", C, loss), ("d", size, D))}
     good = np.isfinite(N).all()
-    return {name: fit_line(*np.log(line))[0] if good else np.nan for name, line in lines.items()
+    return {name: np.polyfit(*np.log(line), 1)[0] if good else np.nan for name, line in lines.items()
             if runs.vision[0] or "total" not in name}
 
 
