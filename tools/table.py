@@ -29,7 +29,7 @@ SHARES = tuple(f"{kind}_share" for kind in KINDS)  # of the mixture, per cent
 
 
 def read(paths):
-    """The rows of all files; of a run that a file has twice, the last."""
+    """The rows of all files; of a run that a file has twice in one study, the last."""
     rows = {}
     for path in map(Path, paths):
         path = path / "results.jsonl" if path.is_dir() else path
@@ -37,7 +37,7 @@ def read(paths):
         for line in path.read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):  # a partial last line: a run is just ending
                 row = json.loads(line)
-                rows[path, row.get("run"), row.get("scored")] = row
+                rows[path, *map(row.get, ("study", "run", "scored"))] = row
     check(rows, f"{', '.join(paths)}: no run has ended yet")
     for row in rows.values():
         if "mixture" in row:

@@ -1,0 +1,105 @@
+"""tools.scoreboard: verdicts of rows whose answer is known."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools import scoreboard, table
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = ROOT / "results" / "experiments.jsonl"
+
+
+def pairs(early, late=(1.0, 1.1, 1.2), width=16, **more):
+    """A run of early and one of late fusion for each seed, with these losses."""
+    return [{"study": "pairs", "run": f"{fusion}-w{width}-s{seed}", "fusion": fusion, "moe": "none",
+             "width": width, "D": 1000, "seed": seed, "loss": loss, **more}
+            for fusion, losses in (("early", early), ("late", late))
+            for seed, loss in enumerate(losses)]
+
+
+def verdicts(capsys, tmp_path, rows):
+    """{the paper's claim: cells of its line}."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    scoreboard.main([str(path)])
+    lines = [line.strip("| \n").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(lines) == len(scoreboard.FINDINGS)
+    return {cells[1]: cells for cells in lines}
+
+
+LEAD = "early is lower than late of equal width"
+
+
+@pytest.mark.parametrize("early, verdict", [
+    ((0.9, 1.0, 1.07), "**replicates**"),  # 10 % lower in each pair, although the seeds overlap
+    ((1.1, 1.2, 1.33), "**does not**"),
+    ((1.003, 1.098, 1.201), "**no effect** larger than 0.7 %"),
+    ((0.8, 1.2, 1.1), "inconclusive"),
+    ((1.0,), "not measured")])
+def test_a_verdict_follows_from_the_interval_of_the_pairs(early, verdict, capsys, tmp_path):
+    cells = verdicts(capsys, tmp_path, pairs(early))[LEAD]
+    assert cells[-1].startswith(verdict) and cells[3] == str(len(early))
+    per_cent = 100 * (np.array(early) / (1.0, 1.1, 1.2)[:len(early)] - 1)
+    if len(early) > 1:
+        half = table.stats.t.ppf(0.975, 2) * per_cent.std(ddof=1) / 3 ** 0.5
+        assert cells[2].startswith(f"{per_cent.mean():+.1f} [{per_cent.mean() - half:+.1f}")
+
+
+def test_so_many_seeds_decide():
+    """With the number that it names the interval of the same spread leaves out 0; with one less it
+    does not."""
+    x = np.array([-1.0, -2.0, -9.0])
+    seeds = int(scoreboard.judge(x, -1)[1].split()[2])
+    half = [table.stats.t.ppf(0.975, n - 1) * x.std(ddof=1) / n ** 0.5 for n in (seeds - 1, seeds)]
+    assert half[1] <= 4 < half[0]
+
+
+def test_only_runs_that_differ_in_the_setting_alone_are_pairs(capsys, tmp_path):
+    """Late runs of another length are no partners, and a diverged run takes its pair away."""
+    rows = pairs((0.9, 1.0, 1.07))
+    for row in rows[3:]:
+        row["D"] = 2000
+    assert verdicts(capsys, tmp_path, rows)[LEAD][-1] == "not measured"
+    rows = pairs((0.9, 1.0, 1.07, 1.1), (1.0, 1.1, 1.2, None))
+    assert verdicts(capsys, tmp_path, rows)[LEAD][3] == "3"
+
+
+def test_the_seeds_that_count_have_every_width(capsys, tmp_path):
+    """The lead grows from 10 % to 20 %, where the paper found that it shrinks."""
+    rows = pairs((0.9, 1.0, 1.07)) + pairs((0.8, 0.89), (1.0, 1.1), width=32)
+    found = verdicts(capsys, tmp_path, rows)
+    assert found[LEAD][3] == "2"
+    change = found["this lead shrinks with width"]
+    assert change[2].startswith("-10.0 [") and change[-1] == "**does not**"
+    assert verdicts(capsys, tmp_path, pairs((0.9, 1.0, 1.07)))[change[1]][-1] == "not measured"
+
+
+def test_two_runs_of_one_setting_are_refused(capsys, tmp_path):
+    rows = pairs((0.9, 1.0, 1.07))
+    with pytest.raises(SystemExit, match="again-w16-s0") as stop:
+        verdicts(capsys, tmp_path, [*rows, rows[0] | {"run": "again-w16-s0"}])
+    assert "\n" not in str(stop.value)
+
+
+def test_the_folder_of_a_sweep_is_its_study(capsys, tmp_path):
+    (tmp_path / "pairs").mkdir()
+    rows = [{k: v for k, v in row.items() if k != "study"} for row in pairs((0.9, 1.0, 1.07))]
+    path = tmp_path / "pairs" / "results.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    scoreboard.main([str(path.parent)])
+    assert "**replicates**" in capsys.readouterr().out
+
+
+def test_the_readme_holds_what_the_tool_prints(capsys):
+    scoreboard.main([str(EXPERIMENTS)])
+    assert capsys.readouterr().out in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_that_two_studies_share_is_in_both(capsys, tmp_path):
+    path, rows = tmp_path / "rows.jsonl", pairs((0.9, 1.0, 1.07))
+    rows += [row | {"study": "other"} for row in rows[:1]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    table.main([str(path), "--where", "study=pairs", "--by", "fusion"])
+    assert capsys.readouterr().out.splitlines()[2].split(" | ")[1] == "3"

@@ -1,0 +1,149 @@
+"""The paper's findings beside our runs: a table of verdicts that follow from rows by one rule.
+
+    python -m tools.scoreboard results/experiments.jsonl
+    python -m tools.scoreboard runs/pairs runs/moe
+
+A finding compares two settings in pairs of runs with the same seed, and so the same data in the
+same order, and all else equal. A difference is in per cent of the loss, or in points of accuracy.
+It is averaged over the pairs of a seed, and the 95 % t-interval is over seeds that have all pairs.
+
+  replicates      the interval leaves out 0, and the sign is the paper's
+  does not        the interval leaves out 0, and the sign is not the paper's
+  no effect       the interval holds 0 and lies within +-1.5 %
+  inconclusive    otherwise; at the measured spread about so many seeds would decide
+
+A new experiment is a line of FINDINGS. Its study is the folder that the sweep wrote to.
+"""
+import re
+from collections import namedtuple
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from data import check
+from tools.table import read
+from train import Parser
+
+SMALL = 1.5  # per cent: what we call no effect
+SETTINGS = ("fusion moe n_experts top_k granularity width vision_width mixture image_size context D"
+            " patch_size tokens_per_step lr vision_lr init init_vision match seed").split()
+# What differs with a field, and so need not be equal in a pair.
+FOLLOWS = {"fusion": "vision_width init init_vision", "moe": "n_experts top_k granularity init",
+           "match": "width lr", "width": "lr vision_width", "interleaved_share": "mixture",
+           "text_share": "mixture", "image_size": "context D tokens_per_step"}
+EARLY, LATE = {"fusion": "early", "moe": "none"}, {"fusion": "late"}
+FROZEN, SLOW, FULL = (LATE | {"vision_lr": rate} for rate in ("0.0", "0.01", "1.0"))
+LESS, MORE = {"mixture": "63-27-10"}, {"mixture": "27-63-10"}  # interleaved documents
+EXPERTS = {"moe": "learned", "n_experts": "8", "top_k": "1", "granularity": "1"}
+FINE = EXPERTS | {"n_experts": "16", "top_k": "2", "granularity": "2"}
+TEXT, NATIVE = EARLY | {"init": ".+"}, EARLY | {"init": ""}  # from a text model, from nothing
+BOTH = FULL | {"init": ".+"}
+
+# `sign` is that of one minus two in the paper, 0 where they were equal. `across` asks how this
+# difference changes from the smallest to the largest value of a field. Values are patterns.
+Finding = namedtuple("Finding", "section claim study one two sign metric across",
+                     defaults=("loss", None))
+FINDINGS = [Finding(*line) for line in (
+    ("5.3", "early is lower than late of equal width", "pairs", EARLY, LATE, -1),
+    ("5.3", "this lead shrinks with width", "pairs", EARLY, LATE, 1, "loss", "width"),
+    ("5.9", "early is lower at equal parameters", "match", EARLY | {"match": "params"}, LATE, -1),
+    ("5.9", "early is lower at equal FLOPs", "match", EARLY | {"match": "flops"}, LATE, -1),
+    ("5.7", "more captions lower their loss", "shares", LESS, MORE, -1, "loss_caption"),
+    ("5.7", "more interleaved rows lower theirs", "shares", MORE, LESS, -1, "loss_interleaved"),
+    ("5.7", "early's lead grows with interleaved rows", "shares", EARLY, LATE, -1, "loss",
+     "interleaved_share"),
+    ("5.7", "early's lead grows with text", "text_share", EARLY, LATE, -1, "loss", "text_share"),
+    ("5.8", "early is lower at every resolution", "resolution", EARLY, LATE, -1),
+    ("5.8", "captions gain from resolution", "resolution", {"image_size": "64"},
+     {"image_size": "32"}, -1, "loss_caption"),
+    ("5.11", "context leaves early's lead as it is", "context", EARLY, LATE, 0, "loss", "context"),
+    ("5.14", "8 experts are lower than dense", "moe_long", EXPERTS, EARLY, -1),
+    ("5.16", "learned routing is lower than by modality", "moe", EXPERTS, {"moe": "modality"}, -1),
+    ("Table 13", "top-2 is lower than top-1", "moe", EXPERTS | {"top_k": "2"}, EXPERTS, -1),
+    ("Table 13", "8 experts are lower than 4", "moe", EXPERTS, EXPERTS | {"n_experts": "4"}, -1),
+    ("Table 13", "16 experts of half the size are higher than 8", "moe", FINE, EXPERTS, 1),
+    ("5.13", "a text model's lead shrinks with tokens", "native", TEXT, NATIVE, 1, "loss", "D"),
+    ("5.12", "both initialised, late leads on captions", "native", BOTH, TEXT, -1, "loss_caption"),
+    ("4.4", "from scratch an encoder is best at 0.01 of the rate", "vision_lr", SLOW, FULL, -1),
+    ("4.4", "an initialised encoder is best frozen", "native", FROZEN, FULL, -1),
+    ("7", "early gives more right answers than late", "sft", EARLY, LATE, 1, "accuracy"),
+    ("7", "experts give more right answers than dense", "sft", EXPERTS, EARLY, 1, "accuracy"))]
+
+
+def chosen(rows, setting, shared, metric):
+    """{what a pair shares: metric} of the runs that have a setting and did not diverge."""
+    found = {}
+    for row in rows:
+        fits = all(re.fullmatch(v, str(row.get(k))) for k, v in setting.items())
+        if fits and row.get(metric) is not None:
+            twin = found.setdefault(tuple((k, row.get(k)) for k in shared), row)
+            check(twin is row, f"{twin['run']} and {row['run']} of study {row['study']} differ in "
+                  "nothing that a row says: remove one of them")
+    return {key: row[metric] for key, row in found.items()}
+
+
+def differences(rows, finding):
+    """{what a pair shares: how much `one` lies above `two`}."""
+    apart = {*finding.one, *finding.two, finding.across}
+    apart |= {*" ".join(FOLLOWS.get(field, "") for field in apart).split()}
+    shared = [field for field in SETTINGS if field not in apart]
+
+    def pairs(rows):
+        x, y = (chosen(rows, side, shared, finding.metric) for side in (finding.one, finding.two))
+        return {key: 100 * (x[key] - y[key]) / (1 if finding.metric == "accuracy" else y[key])
+                for key in x.keys() & y.keys()}
+    if not finding.across:
+        return pairs(rows)
+    ends = sorted({row[finding.across] for row in rows})
+    if len(ends) < 2:
+        return {}
+    low, high = (pairs([row for row in rows if row[finding.across] == end])
+                 for end in (ends[0], ends[-1]))
+    return {key: high[key] - low[key] for key in low.keys() & high.keys()}
+
+
+def by_seed(pairs):
+    """The mean difference of each seed that has all pairs, (n,)."""
+    seeds = {}
+    for key, difference in pairs.items():
+        seeds.setdefault(dict(key)["seed"], []).append(difference)
+    most = max(map(len, seeds.values()), default=0)
+    return np.array([np.mean(found) for found in seeds.values() if len(found) == most])
+
+
+def judge(x, sign):
+    """Differences (n,) of n seeds, the paper's sign -> mean with its interval, verdict."""
+    if len(x) < 2:
+        return "", "not measured"
+    mean, sd = x.mean(), x.std(ddof=1)
+
+    def half(n):
+        return stats.t.ppf(0.975, n - 1) * sd / n ** 0.5
+    low, high = mean - half(len(x)), mean + half(len(x))
+    goal = max(abs(mean), SMALL - abs(mean))  # an interval of this half leaves out 0 or is small
+    if low > 0 or high < 0:
+        verdict = "**replicates**" if np.sign(mean) == sign else "**does not**"
+    elif max(-low, high) <= SMALL:
+        verdict = f"**no effect** larger than {max(-low, high):.1f} %"
+    else:
+        seeds = next(n for n in count(len(x)) if half(n) <= goal)
+        verdict = f"inconclusive: about {seeds} seeds would decide"
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", verdict
+
+
+def main(argv=None):
+    parser = Parser(prog="python -m tools.scoreboard", description=__doc__)
+    parser.add_argument("paths", nargs="+", help="rows with their study, or folders of studies")
+    rows = [{"study": Path(path).name} | row
+            for path in parser.parse_args(argv).paths for row in read([path])]
+    print("| section | the paper found | difference, % | seeds | verdict |\n" + "| --- " * 5 + "|")
+    for finding in FINDINGS:
+        x = by_seed(differences([r for r in rows if r["study"] == finding.study], finding))
+        measured, verdict = judge(x, finding.sign)
+        print(f"| {finding.section} | {finding.claim} | {measured} | {len(x)} | {verdict} |")
+
+
+if __name__ == "__main__":
+    main()
