@@ -1,14 +1,17 @@
-"""tools.scoreboard: verdicts of rows whose answer is known."""
+"""tools.scoreboard and tools.game: verdicts and scores of rows whose answer is known."""
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tools import scoreboard, table
+import fit_laws
+from tools import game, scoreboard, table
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ROOT / "results" / "experiments.jsonl"
+STUDY = str(ROOT / "results" / "laptop_study.jsonl")
 
 
 def pairs(early, late=(1.0, 1.1, 1.2), width=16, **more):
@@ -103,3 +106,48 @@ def test_a_run_that_two_studies_share_is_in_both(capsys, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     table.main([str(path), "--where", "study=pairs", "--by", "fusion"])
     assert capsys.readouterr().out.splitlines()[2].split(" | ")[1] == "3"
+
+
+def study_rows():
+    return [json.loads(line) for line in Path(STUDY).read_text("utf-8").splitlines()]
+
+
+def largest(rows):
+    return max(row["N"] for row in rows)
+
+
+def test_the_game_scores_guesses_beside_a_law_that_has_not_seen_the_answers(capsys):
+    """Its law is that of --holdout 1, and its hidden runs are those of the largest width."""
+    rows = study_rows()
+    truth = sorted((row["D"], row["loss"]) for row in rows
+                   if row["fusion"] == "late" and row["N"] == largest(rows))
+    guesses = ",".join(str(1.1 * loss) for _, loss in truth)
+    you, law = game.main([STUDY, "--group", "late", "--guess", guesses])
+    assert you == pytest.approx(10)
+    told, _ = capsys.readouterr().out.split("you and the law")
+    assert f"{largest(rows):,}" not in told and f"{min(row['N'] for row in rows):,}" in told
+    groups = fit_laws.main([STUDY, "--bootstrap", "0", "--holdout", "1"])["groups"]
+    held, = (group["holdout"] for group in groups if group["name"] == "late")
+    assert law == pytest.approx(held["mae_pct"]) and held["n"] == len(truth)
+
+
+def test_the_game_asks_for_what_is_not_given(monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "0.3")
+    game.main([STUDY])
+    assert len(asked) == 5 and all(f"{largest(study_rows()):,}" in line for line in asked)
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--guess 0.3,0.2", "5 losses"), ("--guess 1,1,1,1,x", "x"), ("--guess 1,1,1,1,-1", "-1"),
+    ("--group mid", "early learned"), ("--gues 1", "--guess")])
+def test_mistakes_in_the_game_end_in_one_line(flags, named):
+    with pytest.raises(SystemExit, match=named) as stop:
+        game.main([STUDY, *flags.split()])
+    assert "\n" not in str(stop.value)
+
+
+def test_the_game_needs_a_player(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(SystemExit, match="--guess"):
+        game.main([STUDY])
