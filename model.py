@@ -305,7 +305,6 @@ class VisionEncoder(nn.Module):
 
 class Output(NamedTuple):
     loss: torch.Tensor                  # () float32, SUM of the text targets' losses, nats
-    count: int                          # number of text targets
     balance: torch.Tensor               # () float32, SUM over tokens, mean over layers; 0 if dense
     token_loss: torch.Tensor            # (K,) float32, detached, in the order of target_index
     expert_counts: torch.Tensor | None  # (L,2,E) float32, MoE: (text, image) tokens per expert
@@ -377,7 +376,7 @@ class Model(nn.Module):
         if self.cfg.moe != "none":
             balance = torch.stack([s.balance for s in stats]).mean()
             counts = torch.stack([s.counts for s in stats])                      # (L,2,E)
-        return Output(loss, len(at), balance, token_loss, counts)
+        return Output(loss, balance, token_loss, counts)
 
     def num_params(self):
         """N is the count that reproduces the paper's sizes: the matrices of the decoder blocks (of

@@ -312,15 +312,15 @@ class Machine:
         check(name.split(":")[0] in usable,
               f"--device {name}: torch sees none here; need auto or {' or '.join(usable)}")
         if name == "cuda":
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         if name.startswith("cuda"):
             torch.cuda.set_device(name)
         if "RANK" in os.environ:
             # two hours, because rank 0 alone reads and writes checkpoints, of up to 100 GB
             dist.init_process_group("nccl" if name.startswith("cuda") else "gloo",
                                     timeout=timedelta(hours=2))
-        return Machine(torch.device(name), int(os.environ.get("RANK", 0)),
-                       int(os.environ.get("WORLD_SIZE", 1)))
+        return Machine(torch.device(name), int(os.environ.get("RANK", "0")),
+                       int(os.environ.get("WORLD_SIZE", "1")))
 
     @property
     def is_cuda(self):
@@ -808,8 +808,8 @@ def forward_and_backward(trainer, batches):
         with trainer.forward.no_sync() if wait else contextlib.nullcontext():
             out = trainer.forward(batch)
             (out.loss + weight * out.balance).backward()
-        seen = (out.loss.detach(), out.balance.detach(), out.count, (batch["doc"] > 0).sum(),
-                (batch["patch_index"] >= 0).sum())
+        seen = (out.loss.detach(), out.balance.detach(), len(out.token_loss),
+                (batch["doc"] > 0).sum(), (batch["patch_index"] >= 0).sum())
         for total, value in zip(totals, seen):
             total += value
         if trainer.run.model.moe == "learned":

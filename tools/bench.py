@@ -45,8 +45,7 @@ from tqdm import tqdm
 import data
 import model as model_file
 import train
-from model import (Model, Output, ffn_hidden, generate, on_meta, prompt_batch,
-                   training_memory)
+from model import Model, Output, ffn_hidden, generate, on_meta, prompt_batch, training_memory
 from tools import need, usable_cores
 from tools.pack import pack
 
@@ -192,7 +191,8 @@ class Stock(nn.Module):
         x = self.blocks(self.embedding(tokens) + self.positions)                 # (B,T,W)
         logits = self.head(self.norm(x)).flatten(0, 1)                           # (B*T,V)
         loss = F.cross_entropy(logits.float(), tokens.roll(-1, 1).flatten(), reduction="sum")
-        return Output(loss, tokens.numel(), torch.zeros_like(loss), loss.detach(), None)
+        each = loss.detach().expand(tokens.numel())  # only its length is looked at
+        return Output(loss, torch.zeros_like(loss), each, None)
 
 
 def trainee(machine, given, kind=Model):
@@ -388,6 +388,9 @@ def overhead(bench):
 
 def generation(bench):
     """Untrained models: 256 positions with the cache and without; one caption of the default."""
+    def cached(r, network, prompt, n):
+        generate(network, prompt, n)
+
     @torch.no_grad()
     def uncached(r, network):
         ids = [0]
@@ -398,15 +401,16 @@ def generation(bench):
     length = 64 if bench.quick else 256
     for name, shape in (("the default model", {}), ("5M", SIZES["5M"])):
         network = Model(config_of({**shape, "context": 256})).eval()
-        took = bench.interleave({"cached": lambda r: generate(network, [[0]], length - 1),
-                                 "uncached": partial(uncached, network=network)}, 5)
+        took = bench.interleave({
+            "cached": partial(cached, network=network, prompt=[[0]], n=length - 1),
+            "uncached": partial(uncached, network=network)}, 5)
         yield Row(f"{name}: decoding {length} tokens, uncached / cached",
                   took["uncached"] / took["cached"], ">= 5",
                   f"{1e3 * np.median(took['cached']) / length:.2f} ms a token")
         if not shape:
             image = torch.zeros(network.cfg.n_patches, network.cfg.patch_dim, dtype=torch.uint8)
-            took = bench.interleave({"caption": lambda r: generate(network, [[0], image], 64)}, 5,
-                                    time.perf_counter)
+            caption = partial(cached, network=network, prompt=[[0], image], n=64)
+            took = bench.interleave({"caption": caption}, 5, time.perf_counter)
             yield Row("caption of an image, 64 tokens, seconds (wall)", took["caption"], "<= 1")
 
 

@@ -95,7 +95,7 @@ def loss_and_gradient(run, machine, dtype, compiled=False):
         train.compile_blocks(model)
     batch = train.to_device(random_batch(cfg, 1, np.random.default_rng(0)), machine)
     out = model(batch)
-    (out.loss / out.count).backward()
+    (out.loss / len(out.token_loss)).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     return [out.loss.detach()[None], gradient]
 
