@@ -248,11 +248,11 @@ class Procedural:
     """Rows of the procedural world. There is no end to them, so no epoch is ever repeated."""
 
     tokenizer, contents, knows_floor = "bytes", 0, True
-    validated_as = {"conversation": QUESTIONS}  # a loss for each kind of question
 
     def __init__(self, cfg, seed, context, image_size, n_patches):
         self.cfg, self.seed = cfg, seed
         self.world, self.encoding, self.stored_size = World(image_size), get_tokenizer(), image_size
+        self.validated_as = {"conversation": QUESTIONS}  # a loss for each kind of question
         self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
 
     def kinds(self, split):
@@ -296,11 +296,10 @@ class Procedural:
 class Packed:
     """Rows of a folder that tools.pack wrote: whole epochs, each in an order of its own."""
 
-    knows_floor, validated_as = False, {}
-
     def __init__(self, cfg, seed, context, image_size, n_patches):
         self.cfg, self.seed, self.image_size = cfg, seed, image_size
         self.context, self.n_patches = context, n_patches
+        self.knows_floor, self.validated_as = False, {}
         self.shards = {split: Shards(cfg.data, split) for split in ("train", "val")}
         self.encoding = self.shards["train"].encoding
         self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)

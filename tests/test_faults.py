@@ -252,5 +252,5 @@ def test_a_missing_field_is_named(tmp_path):
 
 @pytest.mark.parametrize("caption", ["x" * 1_000_000, "a\0b"])
 def test_captions_that_are_none_are_skipped(caption):
-    image, text = pack_file.caption_parts({"caption": caption}, {"a.jpg": b"x"}, None)
+    _, text = pack_file.caption_parts({"caption": caption}, {"a.jpg": b"x"}, None)
     assert isinstance(text, pack_file.Skip)

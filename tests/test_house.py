@@ -63,6 +63,14 @@ def test_every_tool_says_what_it_is_for(name, capsys):
     assert not stop.value.code and f"python -m tools.{name}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("checker", ["ruff check", "mypy"])
+def test_the_checkers_find_nothing(checker):
+    """With the settings of pyproject.toml."""
+    done = subprocess.run([sys.executable, "-m", *checker.split()], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_files_read_in_one_sitting():
     """Lines of at most 100 columns, functions of at most 40 lines but the loop, nesting of 3."""
     nests = (ast.If, ast.For, ast.While, ast.With, ast.Try)

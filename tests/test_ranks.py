@@ -32,7 +32,7 @@ def launch(ranks, *command):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run([sys.executable, *torchrun * (ranks > 1), *command], text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                          capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -127,7 +127,7 @@ class Card(train.Machine):
 def test_every_preset_fits_or_says_what_would(memory, ranks, moe):
     """And what it says is true: with the flags of the advice it fits."""
     machine = Card(torch.device("cuda"), 0, ranks, memory)
-    for preset, size in PRESETS.items():
+    for preset in PRESETS:
         flags = ["--preset", preset, "--tokens", "4B", "--moe", moe]
         run, = train.parse_runs(flags)
         try:

@@ -80,7 +80,7 @@ def test_a_stopped_sweep_saves_and_says_so(tmp_path):
     process = start(tmp_path, "--width", "16,24", "--tokens", "2M", "--save-every", "1000000")
     wait_for(tmp_path, "*/log.jsonl", process)
     process.terminate()
-    said, errors = process.communicate()
+    _, errors = process.communicate()
     assert process.returncode == 130 and "goes on from here" in errors
     assert "killed" not in errors
 

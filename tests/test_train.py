@@ -1,12 +1,12 @@
 """python -m pytest tests/test_train.py -q"""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -206,13 +206,13 @@ def test_schedule_rises_stays_and_ends_at_zero():
     run = run_of("--tokens", "51200", "--warmup", "10")  # 100 steps
     rates = [train.rate_at(step, run) for step in range(101)]
     assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71
-    assert all(a > b for a, b in zip(rates[80:], rates[81:])) and rates[100] == 0
+    assert all(a > b for a, b in pairwise(rates[80:])) and rates[100] == 0
 
 
 def test_a_warmup_longer_than_the_trunk_makes_no_jump():
     run = run_of("--tokens", "51200", "--warmup", "200")  # 100 steps
     rates = [train.rate_at(step, run) for step in range(101)]
-    assert max(abs(a - b) for a, b in zip(rates, rates[1:])) < 0.1 and rates[79] == 0.4
+    assert max(abs(a - b) for a, b in pairwise(rates)) < 0.1 and rates[79] == 0.4
 
 
 def test_learning_rates_of_the_presets_are_the_papers():

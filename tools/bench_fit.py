@@ -80,11 +80,11 @@ def measure(folder, starts=24, resamples=40):
         ["one fit", f"{took:.2f} s",
          f"{cold * len(grid):.0f} s from the paper's {len(grid)} starts (one: {cold:.3f} s)"],
         ["F above the least known, relative", f"{fit.objective / BEST - 1:.0e}",
-         f"{min(found) / BEST - 1:.0e} the best, {np.median(found) / BEST - 1:.0e} the median of "
-         f"{starts} random starts"],
+         (f"{min(found) / BEST - 1:.0e} the best, {np.median(found) / BEST - 1:.0e} the median of "
+          f"{starts} random starts")],
         ["1000 refits, starting at the fit", f"{refits:.1f} s", f"{1000 * warm:.0f} s"],
-        ["F of the refits above ours", "", f"median {np.median(above):.0e}, worst {above.max():.0e}"
-         f" of {resamples}"]]
+        ["F of the refits above ours", "",
+         f"median {np.median(above):.0e}, worst {above.max():.0e} of {resamples}"]]
 
 
 def main(argv=None):

@@ -26,6 +26,7 @@ import threading
 import warnings
 import zlib
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from functools import partial
 from glob import escape, glob
 from pathlib import Path
 
@@ -139,9 +140,9 @@ def list_records(path):
 
 
 RECORDS = {".parquet": parquet_rows, ".txt": text_pieces, ".json": list_records,
-           ".zst": lambda path: lines_of(path, open_zstd),
-           ".gz": lambda path: lines_of(path, gzip.open),
-           ".jsonl": lambda path: lines_of(path, lambda path: open(path, "rb"))}
+           ".zst": partial(lines_of, open_file=open_zstd),
+           ".gz": partial(lines_of, open_file=gzip.open),
+           ".jsonl": partial(lines_of, open_file=partial(open, mode="rb"))}
 
 
 # ---- From samples to parts: texts, Question, Answer, the bytes of an image file, Skip ------------
@@ -343,8 +344,8 @@ def pack_file(source, kind, folder, tokenizer, made_from):
             split = split_of(parts, f"{source.name}/{key}", made_from["val_share"])
             tables.setdefault(split, []).append((file.tell(), len(tokens), len(images)))
             sizes = [side for image in images for side in image.shape[:2]]
-            for array in (tokens, np.array(sizes, np.int32), *images):
-                file.write(array.tobytes())
+            arrays = (tokens, np.array(sizes, np.int32), *images)
+            file.writelines(array.tobytes() for array in arrays)
     for split, table in tables.items():
         table = np.array(table, np.int64)                                   # (documents, 3)
         table.tofile(tmp / f"{split}.docs")
@@ -502,9 +503,10 @@ def copy_tokenizer(tokenizer, out):
 
 
 def print_totals(splits, skipped):
-    for split, kind in ((split, kind) for split in splits for kind in splits[split]):
-        counts = [f"{n:14,} {x}" for x, n in splits[split][kind].items() if x != "shards"]
-        print(f"{split:5} {kind:11}", *counts)
+    for split, kinds in splits.items():
+        for kind, total in kinds.items():
+            counts = [f"{n:14,} {x}" for x, n in total.items() if x != "shards"]
+            print(f"{split:5} {kind:11}", *counts)
     for reason, (count, example) in skipped.items():
         print(f"skipped {count:,}: {reason} (first: {example})")
     if splits and "val" not in splits:
