@@ -259,6 +259,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, except that an unknown flag is answered with the nearest known one."""
 
     def __init__(self, **options):
+        if hasattr(sys.stdout, "reconfigure"):  # "?" for a letter that a file on Windows lacks
+            sys.stdout.reconfigure(errors="replace")
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                          **options)
 
@@ -1024,7 +1026,7 @@ def show_sample(trainer):
                         n_vocab=source.encoding.n_vocab)
     say(f"a held-out picture: {source.encoding.decode(list(truth))!r}\n"
         f"the model says:     {source.encoding.decode(said)!r}\n"
-        f"ask it more:        python -m tools.sample {trainer.run.folder} --prompt \"the \"")
+        f"ask it more:        python -m tools.sample \"{trainer.run.folder}\" --prompt \"the \"")
 
 
 def train_one(run, machine):

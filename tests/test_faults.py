@@ -107,6 +107,18 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     assert len(train.finished(tmp_path)) == 1
 
 
+def test_any_folder_and_any_terminal(tmp_path):
+    """A folder with spaces and umlauts, and an output without umlauts, as files on Windows are."""
+    out, env = str(tmp_path / "Übung 1 ß"), {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for command in (["train.py", *TINY], ["-m", "tools.sweep", *TINY, "--width", "16,24"],
+                    ["-m", "tools.table"]):
+        place = [out] if "tools.table" in command else ["--out", out]
+        done = subprocess.run([sys.executable, *command, *place], cwd=ROOT, env=env,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert len(train.finished(out)) == 2
+
+
 # -- flags -----------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,14 @@ def need(module, package):
         raise SystemExit(f"this needs the package {package}: pip install {package}") from None
 
 
+def save_figure(figure, path, dpi):
+    """Write a picture or end in one line: there may be no such folder, or no such format."""
+    try:
+        figure.savefig(path, dpi=dpi)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"cannot write {path}: {error}") from None
+
+
 def usable_cores():
     """Cores that this process may use, which on a shared machine can be fewer than there are."""
     if hasattr(os, "sched_getaffinity"):

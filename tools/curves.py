@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from data import check
-from tools import need
+from tools import need, save_figure
 from train import Parser
 from world import KINDS, QUESTIONS
 
@@ -43,7 +43,7 @@ def draw(curves, out):
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("validation loss (nats a token)")
     panels[0][0].legend(fontsize=8)
-    figure.savefig(out, dpi=130)
+    save_figure(figure, out, dpi=130)
     print(f"wrote {out}")
 
 

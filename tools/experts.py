@@ -15,7 +15,7 @@ import torch
 
 from data import DataConfig, Loader
 from model import load_model
-from tools import need
+from tools import need, save_figure
 from train import Parser
 
 
@@ -88,7 +88,7 @@ def draw(counts, out):
         panel.set_xticks(at, order)
     right[0].set_ylabel("share of the modality's tokens (%)")
     right[0].legend(fontsize=8)
-    figure.savefig(out, dpi=130)
+    save_figure(figure, out, dpi=130)
     print(f"wrote {out}")
 
 

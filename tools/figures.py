@@ -13,8 +13,9 @@ The other flags choose rows and groups as in fit_laws.py; see python fit_laws.py
 import numpy as np
 
 from fit_laws import check, gather, optimum, parse_args, predict
-from tools import need
+from tools import need, save_figure
 from tools.laws_more import isoflop_budgets, isoflop_minima
+from train import make_folder
 
 
 def human(x, _=None):
@@ -151,13 +152,12 @@ def main(argv=None):
     figure = need("matplotlib.figure", "matplotlib")  # before the fit, which takes longer
     notes, studies = gather(args)
     print("\n".join(notes))
-    check(not args.out.is_file(), f"{args.out} is a file; choose a folder for --out")
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     for name, draw in (("laws_more", draw_laws), ("residuals", draw_residuals)):
         page = figure.Figure(layout="constrained")
         page.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
         draw(page, studies)
-        page.savefig(args.out / f"{name}.png", dpi=150)
+        save_figure(page, args.out / f"{name}.png", dpi=150)
         print(f"wrote {args.out / name}.png")
 
 

@@ -11,7 +11,7 @@ import textwrap
 import warnings
 
 from data import DataConfig, Loader, check, collate, read_meta
-from tools import need
+from tools import need, save_figure
 from train import Parser
 from world import KINDS
 
@@ -85,12 +85,9 @@ def save_page(axes, y, out_path):
     axes.figure.set_size_inches(width, height)
     axes.set(xlim=(-1, WIDTH + 1), ylim=(y + 0.5, -0.5))
     axes.axis("off")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a glyph that no font has is drawn as a box
-            axes.figure.savefig(out_path, dpi=min(150, 30000 / height))  # PNG: at most 2^15 lines
-    except (OSError, ValueError) as error:  # no such folder, or no such format
-        raise SystemExit(f"cannot write the page {out_path}: {error}") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a glyph that no font has is drawn as a box
+        save_figure(axes.figure, out_path, dpi=min(150, 30000 / height))  # PNG: at most 2^15 lines
 
 
 def main(argv=None):

@@ -94,7 +94,7 @@ def failure(child):
     if code < 0:
         return (f"killed by {signal.Signals(-code).name} (was there enough memory? try fewer "
                 f"--jobs or smaller --micro-rows); see {child.log}")
-    last = child.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+    last = child.log.read_text("utf-8", "replace").strip().splitlines()[-1:]
     return f"{''.join(last)} (see {child.log})"
 
 

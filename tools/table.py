@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from data import DataConfig, check
-from tools import need
+from tools import need, save_figure
 from train import Parser
 from world import KINDS
 
@@ -144,7 +144,7 @@ def plot(groups, fields, metrics, out):
         panel.set(title=metric, xlabel=fields[-1])
         panel.grid(alpha=0.3)
     panels[0][0].legend(fontsize=8)
-    figure.savefig(out, dpi=130)
+    save_figure(figure, out, dpi=130)
     print(f"wrote {out}")
 
 
