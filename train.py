@@ -838,9 +838,10 @@ class Cards:
 
 def cards_of(text):
     """"8xh100x0.4x2.5" -> Cards. The MFU is 0.4 where none is given, and the price 0."""
-    found = re.fullmatch(rf"(\d+)x({'|'.join(CARDS)})(?:x([\d.]+))?(?:x([\d.]+))?", text, re.I)
+    found = re.fullmatch(rf"(\d+)X({'|'.join(CARDS)})(?:X(\d*\.?\d+))?(?:X(\d*\.?\d+))?",
+                         text.upper())
     number, name, mfu, price = found.groups() if found else (0, "H100", None, None)
-    cards = Cards(int(number), name, *CARDS[name.upper()], float(mfu or 0.4), float(price or 0))
+    cards = Cards(int(number), name, *CARDS[name], float(mfu or 0.4), float(price or 0))
     check(cards.ranks and 0 < cards.mfu <= 1, f"--gpus {text}: need number, card "
           f"({', '.join(CARDS)}), MFU (a share) and dollars an hour, as 8xh100x0.4x2.5")
     return cards

@@ -283,7 +283,7 @@ def test_curves_go_to_a_board_once_and_whole(tmp_path):
     (run / "log.jsonl").write_text('{"step": 0, "loss": 2.5}\n{"step": 1, "lo', "utf-8")
     (run / "speed.jsonl").write_text('{"step": 0, "tok_per_s": 9}\n', "utf-8")
     sent, writers, seen = [], {}, defaultdict(int)
-    new_writer = lambda name: lambda *point: sent.append((name, *point))  # noqa: E731
+    new_writer = lambda name: lambda *point: sent.append((name, *point))
     board.send(tmp_path, writers, seen, new_writer)
     assert sent == [("a", "loss", 2.5, 0), ("a", "tok_per_s", 9, 0)]
     with open(run / "log.jsonl", "a", encoding="utf-8") as file:

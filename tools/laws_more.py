@@ -23,9 +23,9 @@ from scipy.optimize import brentq
 from fit_laws import (NAMES, build_problem, check, derive, encoder, gather, interval, minimise,
                       number, optimum, parse_args, projected_starts, residual, screen, span,
                       write_json)
+from tools.sizes import in_flops
 
 DELTA = 1e-3  # of the Huber loss
-PEAK = {"a100": 312e12, "h100": 989e12, "h200": 989e12}  # dense bf16 FLOP/s of a GPU
 ISOFLOP = tuple(f"{name}_isoflop" for name in ("a", "b", "c", "d", "D0"))
 
 
@@ -329,22 +329,11 @@ def print_more(g):
     print_ends("profile intervals", g["profile"])
 
 
-def in_flops(text):
-    """24hx8xh100x0.4 (hours, GPUs, their peak, the share of it that is used) as FLOPs; numbers as
-    they are."""
-    def factor(word):
-        return 3600 * number(word[:-1]) if word[-1:] == "h" else PEAK.get(word) or number(word)
-
-    budgets = [np.prod([factor(word) for word in C.split("x")]) for C in text.split(",")]
-    check(np.isfinite(budgets).all(), f"--budget {text}: need FLOPs, or hours, GPUs, their type "
-          "and the share of its peak, as 24hx8xh100x0.4")
-    return ",".join(map(repr, map(float, budgets)))
-
-
 def main(argv=None):
     """Read, fit, print, write; returns what the JSON file holds."""
     argv = sys.argv[1:] if argv is None else argv
-    argv = [in_flops(word) if flag == "--budget" else word for flag, word in zip(["", *argv], argv)]
+    argv = [",".join(map(repr, in_flops(word))) if flag == "--budget" else word
+            for flag, word in zip(["", *argv], argv)]
     args = parse_args(argv, __doc__, ["--plan"])
     check(args.budget if args.plan else args.path, "give a table, or --plan and --budget")
     check(not args.compare, "--compare belongs to fit_laws.py")

@@ -1,6 +1,7 @@
 """The paper's sizes, what a budget buys, and sizes that match.
 
     python -m tools.sizes                                   a table of all presets
+    python -m tools.sizes --budget 24hx8xh100x0.4           and the tokens that this buys
     python train.py $(python -m tools.sizes --match params --width 96) --tokens 1M
     python train.py $(python -m tools.sizes --equal-text --image-size 48 --tokens 1M)
 
@@ -15,15 +16,32 @@ from dataclasses import replace
 from data import Loader, check
 from model import PRESETS, ModelConfig, on_meta, training_memory
 from tools.sweep import parse_grid
-from train import SIZES, Parser
+from train import SIZES, Parser, cards_of
 
 IMAGE_SHARE = 0.544  # of the tokens of the paper's 45-45-10 mixture (D_v / D, App. C.2)
 
 
-def print_sizes():
+def in_flops(text):
+    """"1e21,24hx8xh100x0.4" -> list of FLOPs: numbers, or hours, GPUs, their type and their MFU."""
+    try:
+        budgets = []
+        for budget in text.split(","):
+            hours, unit, gpus = budget.partition("hx")
+            cards = cards_of(gpus) if unit else None
+            rate = 3600 * cards.ranks * cards.peak * cards.mfu if cards else 1
+            budgets.append(float(hours) * rate)
+        if not all(0 < C < float("inf") for C in budgets):
+            raise ValueError
+    except ValueError:
+        raise SystemExit(f"--budget {text}: need FLOPs, or hours, GPUs, their type and their MFU, "
+                         "as 24hx8xh100x0.4") from None
+    return budgets
+
+
+def print_sizes(budgets):
     """A line for each of PRESETS, and for the early ones with 8 experts."""
     print("name  fusion    width   img      N    N_v N_total  GFLOP    DDP FSDP/8   row"
-          "    1e20    1e21    1e22")
+          + "".join(f"{C:9.2g}" for C in budgets))
     for moe in ("none", "learned"):
         for name, sizes in PRESETS.items():
             if moe == "learned" and sizes["fusion"] == "late":
@@ -33,14 +51,14 @@ def print_sizes():
             n, flops = model.num_params(), model.flops(1, IMAGE_SHARE)
             (whole, row), (divided, _) = training_memory(cfg), training_memory(cfg, 8, True)
             numbers = (n["N"], n["N_vision"], n["N_total"], flops, whole, divided, row,
-                       *(budget / flops for budget in (1e20, 1e21, 1e22)))
+                       *(budget / flops for budget in budgets))
             kind = cfg.fusion + " moe" * (moe != "none")
             line = "{:6}{:10}{:5}{:6}{:7.3f}{:7.3f}{:8.3f}{:7.3f}{:7.1f}{:7.1f}{:6.2f}"
-            print((line + 3 * "{:8.1f}").format(name, kind, cfg.width, cfg.vision_width,
+            print((line + len(budgets) * "{:9.1f}").format(name, kind, cfg.width, cfg.vision_width,
                                                 *(x / 1e9 for x in numbers)))
     print("N, N_v, N_total: billions of parameters (N without encoder, of experts the active);\n"
           "GFLOP to train on a token; DDP, FSDP/8: GB a GPU without activations; row: GB for each\n"
-          "row of 1024 tokens; 1e20: billions of tokens for 1e20 FLOPs")
+          "row of 1024 tokens; the last columns: billions of tokens for so many FLOPs")
 
 
 def positions(data, model):
@@ -91,6 +109,7 @@ def main(argv=None):
     parser = Parser(prog="python -m tools.sizes", description=__doc__)
     parser.add_argument("--match", choices=("params", "text", "flops"))
     parser.add_argument("--equal-text", action="store_true")
+    parser.add_argument("--budget", default="1e20,1e21,1e22", help="FLOPs, or as 24hx8xh100x0.4")
     args, flags = parser.parse_known_args(argv)
     if args.match:
         jobs = parse_grid([*flags, "--fusion", "late"])
@@ -102,7 +121,7 @@ def main(argv=None):
         print(equal_text(runs))
     else:
         check(not flags, f"sizes: {' '.join(flags)} needs --match or --equal-text")
-        print_sizes()
+        print_sizes(in_flops(args.budget))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def read(paths):
         for line in path.read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):  # a partial last line: a run is just ending
                 row = json.loads(line)
-                rows[path, *map(row.get, ("study", "run", "scored"))] = row
+                rows[path, row.get("study"), row.get("run"), row.get("scored")] = row
     check(rows, f"{', '.join(paths)}: no run has ended yet")
     for row in rows.values():
         if "mixture" in row:
