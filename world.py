@@ -12,6 +12,7 @@ import argparse
 import bisect
 import hashlib
 import random
+import signal
 
 import numpy as np
 
@@ -310,4 +311,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # `| head` ends it without a traceback
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -2,6 +2,7 @@
 
 Training and fitting work without this folder."""
 import os
+import signal
 
 
 def need(module, package):
@@ -18,6 +19,12 @@ def save_figure(figure, path, dpi):
         figure.savefig(path, dpi=dpi)
     except (OSError, ValueError) as error:
         raise SystemExit(f"cannot write {path}: {error}") from None
+
+
+def end_with_the_pipe():
+    """`| head` ends a command that prints, without a traceback."""
+    if hasattr(signal, "SIGPIPE"):  # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def usable_cores():

@@ -23,6 +23,7 @@ from scipy.optimize import brentq
 from fit_laws import (NAMES, build_problem, check, derive, encoder, gather, interval, minimise,
                       number, optimum, parse_args, projected_starts, residual, screen, span,
                       write_json)
+from tools import end_with_the_pipe
 from tools.sizes import in_flops
 
 DELTA = 1e-3  # of the Huber loss
@@ -355,4 +356,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    end_with_the_pipe()
     main()

@@ -17,6 +17,7 @@ from scipy.optimize import brentq
 
 from fit_laws import (build_problem, check, draw_weights, fit_law, gather, interval, minimise,
                       optimum, parse_args, predict, projected_starts, screen, span)
+from tools import end_with_the_pipe
 
 DELTA = 1e-3  # of the Huber loss
 
@@ -87,4 +88,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    end_with_the_pipe()
     main(sys.argv[1:])

@@ -23,6 +23,7 @@ import numpy as np
 from scipy import stats
 
 from data import check
+from tools import end_with_the_pipe
 from tools.table import read
 from train import Parser
 
@@ -146,4 +147,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    end_with_the_pipe()
     main()

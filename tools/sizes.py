@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from data import Loader, check
 from model import PRESETS, ModelConfig, on_meta, training_memory
+from tools import end_with_the_pipe
 from tools.sweep import parse_grid
 from train import SIZES, Parser, cards_of
 
@@ -125,4 +126,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    end_with_the_pipe()
     main()

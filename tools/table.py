@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from data import DataConfig, check
-from tools import need, save_figure
+from tools import end_with_the_pipe, need, save_figure
 from train import Parser
 from world import KINDS
 
@@ -192,4 +192,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    end_with_the_pipe()
     main()
