@@ -306,7 +306,7 @@ def read_rows(path):
             rows = [json_row(line) for line in lines]
     except ValueError:
         check(False, f"{path}: not a {kind} table in UTF-8")
-    for row, key in [(r, name) for r in rows for name in r]:
+    for row, key in [(row, key) for row in rows for key in row]:
         row.setdefault(ALIASES.get(key.strip().lower(), key.strip()), row[key])
     return rows
 
@@ -528,31 +528,33 @@ def compare(studies, args):
 
 
 def draw(studies, path):
-    """A panel a group: runs (larger is darker), the law at up to seven sizes, and the frontier."""
+    """The runs of each size (mean and deviation over seeds), each law's frontier and its band."""
     try:
         from matplotlib import figure
     except ImportError:
-        print("no figure: pip install matplotlib")
-        return
-    page = figure.Figure(figsize=(6 * len(studies), 5), layout="constrained")
-    panels = page.subplots(1, len(studies), squeeze=False, sharey=True)[0]
-    for ax, s in zip(panels, studies):
-        runs, coef, vision = s.runs, s.fit.coef, s.runs.vision
-        ax.scatter(runs.C, runs.L, c=np.log(runs.N), cmap="Greys", edgecolors="k", s=18)
-        tokens = np.geomspace(runs.D.min(), runs.D.max())
-        for N in np.unique(runs.N)[:: len({*runs.N}) // 7 + 1]:
-            C = 6 * tokens * (N + vision[0] * encoder(N, vision))
-            ax.plot(C, predict(coef, N, tokens), label=f"N = {N:.3g}")
-        C = np.geomspace(runs.C.min() / 10, runs.C.max() * 10, 90)
-        ax.plot(C, optimum(coef, C, vision)[2], "k--", label="frontier")
-        if "E" not in s.fit.unidentified:  # or it may lie at 1e-64, and nothing else be seen
-            ax.axhline(np.exp(coef[2]), color="k", ls=":", label="E")
-        if runs.floor > 0:
-            ax.axhline(runs.floor, color="0.5", ls="-.", label="true floor")
-        ax.set(xscale="log", yscale="log", title=runs.name,
-               xlabel="FLOPs C", ylabel="loss (nats)")
-        ax.legend(fontsize=7, frameon=False)
-    page.savefig(path, dpi=150)
+        return print("no figure: pip install matplotlib")
+    ax, sizes = figure.Figure(figsize=(8.3, 6), layout="constrained").subplots(), {}
+    for s, ink, mark in zip(studies, 9 * ("k", "C1", "C0", "C4"), 9 * "o^sDv"):
+        runs, look = s.runs, {"color": ink, "marker": mark, "mfc": "none", "lw": 2.5}
+        for N in np.unique(runs.N):
+            seeds = [runs.rows((runs.N == N) & (runs.D == D)) for D in {*runs.D[runs.N == N]}]
+            C, L, sd = zip(*sorted((r.C[0], r.L.mean(), r.L.std()) for r in seeds))
+            ax.errorbar(C, L, sd, elinewidth=1.5, **look | {"lw": 0.6})
+            sizes[N] = max(sizes.get(N, (0, 0)), (L[0], C[0]))
+        C = np.r_[np.geomspace(runs.C.min(), runs.C.max()), runs.C.max() * np.geomspace(1, 5)]
+        best = [at_budget(s, x)[0] for x in C]
+        L, *band = np.array([(b["loss"], *(b["ci"]["loss"] or [np.nan] * 2)) for b in best]).T
+        ax.fill_between(C, *band, color=ink, alpha=0.13, lw=0)
+        ax.plot(C, L, "--", color=ink)
+        ax.plot(C[:50], L[:50], markevery=[], label=runs.name.replace("learned", "experts"), **look)
+    for floor in {round(s.runs.floor, 4) for s in studies if s.runs.floor > 0}:
+        ax.axhline(floor, color="0.4", ls="-.", label=f"true floor {floor}")
+    for N, (L, C) in sorted(sizes.items())[:: len(sizes) // 7 + 1]:
+        ax.text(1.1 * C, 1.02 * L, f"{N:,.0f}", rotation=30, rotation_mode="anchor")
+    unit = "byte" if runs.floor > 0 else "token"  # the procedural world is read in bytes
+    ax.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"loss (nats a {unit})")
+    ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    ax.legend(title="thin: one N; band: 95 %; dashed: no runs").figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 
 

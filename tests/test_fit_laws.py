@@ -217,6 +217,36 @@ def test_results_folder_end_to_end(tmp_path, capsys):
         assert (folder / "laws.png").stat().st_size > 20_000
 
 
+def test_one_plot_holds_runs_frontiers_bands_sizes_and_the_floor(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pages = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda page, *_, **__: pages.append(page))
+    folder = write_results(tmp_path / "demo", noise=0.05, seeds=3)
+    run(folder, "--bootstrap", 20)
+    ax, = pages[0].axes
+    assert {text.get_text() for text in ax.texts} == {"50,000", "120,000", "300,000", "800,000"}
+    rows = [row for row in fl.read_rows(folder) if row.get("loss")]
+    curves = [line for line in ax.lines if line.get_linewidth() == 2.5]
+    for curve in curves:
+        mine = [row for row in rows if row["fusion"] == curve.get_label()]
+        means = {np.mean([r["loss"] for r in mine if (r["N"], r["D"]) == (row["N"], row["D"])])
+                 for row in mine}  # 16 points of three seeds each
+        colour, C = curve.get_color(), curve.get_xdata()
+        shown = [c for c in ax.containers if c.lines[0].get_color() == colour]
+        drawn = sorted(y for c in shown for y in c.lines[0].get_ydata())
+        assert drawn == pytest.approx(sorted(means))
+        assert all(np.ptp(bar[:, 1]) > 0 for c in shown for bar in c.lines[2][0].get_segments())
+        dashed, = (line for line in ax.lines if line.get_color() == colour and line.is_dashed())
+        ends = [end(row["C"] for row in mine) for end in (min, max)]
+        assert [C[0], C[-1]] == pytest.approx(ends)
+        assert dashed.get_xdata()[-1] == pytest.approx(5 * ends[1])  # beyond the runs
+    assert len(curves) == 2 and sum("PolyCollection" in type(c).__name__
+                                    for c in ax.collections) == 2
+    floor, = (line for line in ax.lines if line.get_label() == "true floor 0.9")
+    assert [*floor.get_ydata()] == [0.9, 0.9]
+
+
 def test_kinds_seeds_and_holdout(tmp_path):
     folder, out = write_results(tmp_path / "demo", seeds=2), tmp_path / "numbers.json"
     flags = [folder / "results.jsonl", "--bootstrap", 0, "--json"]
