@@ -306,8 +306,9 @@ def read_rows(path):
             rows = [json_row(line) for line in lines]
     except ValueError:
         check(False, f"{path}: not a {kind} table in UTF-8")
-    for row, key in [(row, key) for row in rows for key in row]:
-        row.setdefault(ALIASES.get(key.strip().lower(), key.strip()), row[key])
+    for row in rows:
+        for key in list(row):
+            row.setdefault(ALIASES.get(key.strip().lower(), key.strip()), row[key])
     return rows
 
 
