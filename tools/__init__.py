@@ -3,6 +3,7 @@
 Training and fitting work without this folder."""
 import os
 import signal
+import warnings
 
 
 def need(module, package):
@@ -11,14 +12,6 @@ def need(module, package):
         return __import__(module, fromlist=["_"])
     except ImportError:
         raise SystemExit(f"this needs the package {package}: pip install {package}") from None
-
-
-def save_figure(figure, path, dpi):
-    """Write a picture or end in one line: there may be no such folder, or no such format."""
-    try:
-        figure.savefig(path, dpi=dpi)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"cannot write {path}: {error}") from None
 
 
 def end_with_the_pipe():
@@ -32,3 +25,46 @@ def usable_cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def panels(n, height=3.0):
+    """A page and its n panels, at most three in a row. A README shows a page 830 pixels wide, where
+    letters of 8 points are readable only if the page has no more than these 8.3 inches."""
+    page = need("matplotlib.figure", "matplotlib").Figure(layout="constrained")
+    rows = -(-n // 3)
+    page.set_size_inches(8.3, height * rows)
+    share = [n // rows + (i < n % rows) for i in range(rows)]
+    return page, [ax for part, k in zip(page.subfigures(rows, 1, squeeze=False).ravel(), share)
+                  for ax in part.subplots(1, k, squeeze=False).ravel()]
+
+
+def style(k, line=True):
+    """Colour, marker and line of group k, so that groups differ in grey and to the colour-blind."""
+    return {"color": ("k", "C1", "C0", "C4", "C7")[k % 5], "marker": "o^sDvPX*"[k % 8],
+            "mfc": "none", "ms": 4.5, "ls": ("-", "--", "-.", ":")[k % 4] if line else ""}
+
+
+def human(x, _=None):
+    """2.75e8 -> 275M, also as matplotlib's formatter of ticks."""
+    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if 0.9995 * scale <= x < 999.5 * scale:
+            return f"{x / scale:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+def readable(run):
+    """Fusion, experts and width of a run (a dict of its settings) in words, for a legend."""
+    moe = {"none": "", "learned": f", {run.get('n_experts', run.get('experts'))} experts",
+           "modality": ", an expert a modality"}
+    return f"{run['fusion']} fusion{moe[run['moe']]}, width {run['width']}"
+
+
+def save(page, path):
+    """Write a figure, or end in one line that says why it cannot be written there."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a glyph that no font has is drawn as a box
+            page.savefig(path, dpi=min(150, 30000 / page.get_figheight()))  # PNG: 2^15 lines
+    except (OSError, ValueError) as error:  # no such folder, or no such format
+        raise SystemExit(f"cannot write the picture {path}: {error}") from None
+    print(f"wrote {path}")

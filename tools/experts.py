@@ -15,7 +15,7 @@ import torch
 
 from data import DataConfig, Loader
 from model import load_model
-from tools import need, save_figure
+from tools import panels, save, style
 from train import Parser
 
 
@@ -66,30 +66,27 @@ def table(counts):
 def draw(counts, out):
     """Left: the scores (Fig. 12). Right: each expert's share of the text and of the image tokens in
     the first, middle and last layer, of the last kind (Fig. 13, where it is interleaved data)."""
-    need("matplotlib", "matplotlib").use("Agg")
-    from matplotlib import pyplot as plt
     last = list(counts)[-1]
     shares = (100 * counts[last] / counts[last].sum(2, keepdim=True)).numpy()  # (L,2,E)
     layers = sorted({0, len(shares) // 2, len(shares) - 1})
-    figure, (left, *right) = plt.subplots(1, 1 + len(layers), figsize=(4 + 3 * len(layers), 3.6),
-                                          constrained_layout=True)
-    for kind, tokens in counts.items():
+    page, (left, *right) = panels(1 + len(layers))
+    for k, (kind, tokens) in enumerate(counts.items()):
         score = specialization(tokens)
-        line, = left.plot(score["score"], marker="o", markersize=4, label=kind)
-        left.plot(score["floor"], "--", color=line.get_color(), label="no preference")
-    left.set(title="specialisation", xlabel="layer", ylim=(0, 1))
-    left.legend(fontsize=8)
+        left.plot(score["score"], label=kind, **style(k) | {"ls": "-"})
+        left.plot(score["floor"], ":", color=style(k)["color"])
+    left.set(xlabel="layer", ylabel="specialisation (1: one modality)", ylim=(0, 1),
+             xticks=range(0, len(shares), max(1, len(shares) // 8)))
+    left.legend(fontsize=8, title="dotted: no preference", title_fontsize=8)
     for panel, layer in zip(right, layers):
         text, image = shares[layer]                                              # (E,) each
         order, at = (-image).argsort(), np.arange(len(image))
-        panel.bar(at - 0.2, image[order], 0.4, label="image tokens")
-        panel.bar(at + 0.2, text[order], 0.4, label="text tokens")
-        panel.set(title=f"layer {layer}, {last}", xlabel="expert", ylim=(0, 100))
-        panel.set_xticks(at, order)
-    right[0].set_ylabel("share of the modality's tokens (%)")
+        panel.bar(at - 0.2, image[order], 0.4, label="image tokens", color="C1")
+        panel.bar(at + 0.2, text[order], 0.4, label="text tokens", color="C0", hatch="//")
+        panel.set(xlabel=f"expert of layer {layer}", ylabel=f"% of the tokens, {last}",
+                  ylim=(0, 100))
+        panel.set_xticks(at, order, fontsize=min(10, 80 / len(at)))
     right[0].legend(fontsize=8)
-    save_figure(figure, out, dpi=130)
-    print(f"wrote {out}")
+    save(page, out)
 
 
 def main(argv=None):

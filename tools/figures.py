@@ -13,45 +13,44 @@ The other flags choose rows and groups as in fit_laws.py; see python fit_laws.py
 import numpy as np
 
 from fit_laws import check, gather, optimum, parse_args, predict
-from tools import need, save_figure
+from tools import human, need, panels, save, style
 from tools.laws_more import isoflop_budgets, isoflop_minima
 from train import make_folder
 
 
-def human(x, _=None):
-    """2.75e8 -> 275M, also as matplotlib's formatter of ticks."""
-    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if 0.9995 * scale <= x < 999.5 * scale:
-            return f"{x / scale:.3g}{unit}"
-    return f"{x:.3g}"
-
-
-def plain_ticks(axis):
-    """Label a log axis of less than two decades 2, 3, 5 rather than with powers of ten."""
+def plain_ticks(axis, values=()):
+    """Label a log axis 500K, 1M, ...: at the values if they are few, else 1, 3, 10."""
     ticker = need("matplotlib.ticker", "matplotlib")
     low, high = axis.get_view_interval()
-    if high < 100 * low:
+    if 1 < len(values) < 8:
+        axis.set_major_locator(ticker.FixedLocator(values))
+    elif high < 100 * low:
         digits = (1, 1.5, 2, 3, 5, 7) if high < 12 * low else (1, 3)
         wide = high > 1.8 * low
         axis.set_major_locator(ticker.LogLocator(subs=digits) if wide else ticker.MaxNLocator(5))
-        axis.set_major_formatter(human)
-        axis.set_minor_formatter(ticker.NullFormatter())
+    axis.set_major_formatter(human)
+    axis.set_minor_formatter("")
 
 
-def style(k, line=True):
-    """Grey and line or marker of group k, so that groups differ without colour."""
-    return {"color": ("0.1", "0.55", "0.3", "0.7")[k % 4], "mfc": "none", "ms": 4.5, "mew": 0.9,
-            "ls": ("-", "--", "-.", ":")[k % 4] if line else "",
-            "marker": "" if line else "o^sDvPX*"[k % 8]}
+def name_of(s):
+    """The group of a study as a legend has it."""
+    return s.runs.name.replace("learned", "experts")
 
 
-def draw_band(ax, C, curve, many, k, label):
-    """The curve (Q,) of group k with the band that holds 95 % of many (K, Q)."""
-    ax.plot(C, curve, label=label, **style(k))
+def unit_of(runs):
+    """The procedural world, which alone knows its floor, is read in bytes."""
+    return "nats a byte" if runs.floor > 0 else "nats a token"
+
+
+def draw_band(ax, C, curve, many, k, s):
+    """The curve (Q,) of study s, dashed where it has no runs, and 95 % of many (K, Q) as a band."""
+    look, seen = style(k) | {"ls": "-", "lw": 1.8}, (C >= s.runs.C.min()) & (C <= s.runs.C.max())
+    ax.plot(C, curve, **look | {"ls": "--", "marker": ""})
+    ax.plot(C[seen], curve[seen], label=name_of(s), markevery=9, **look)
     many = many[np.isfinite(many).all(1)]
     if len(many):
         low, high = np.percentile(many, [2.5, 97.5], axis=0)
-        ax.fill_between(C, low, high, lw=0, alpha=0.2, color=style(k)["color"])
+        ax.fill_between(C, low, high, lw=0, alpha=0.15, color=look["color"])
 
 
 def draw_optima(panels, studies):
@@ -62,20 +61,20 @@ def draw_optima(panels, studies):
     low, high = (end(end(s.runs.C) for s in studies) for end in (min, max))
     C, first = np.geomspace(low / 3, high * 3, 30), None
     for k, s in enumerate(studies):
-        coefs, name = [s.fit.coef, *s.draws[:400]], s.runs.name
+        coefs = [s.fit.coef, *s.draws[:400]]
         N, D, loss = np.moveaxis([optimum(coef, C, s.runs.vision) for coef in coefs], 1, 0)
         first = loss if first is None else first
         above = 100 * (loss / first - 1)  # (K + 1, Q), because the fit comes before its refits
         for ax, curves in zip(panels, (N, D, D / N, above)):
-            draw_band(ax, C, curves[0], curves[1:], k, name)
+            draw_band(ax, C, curves[0], curves[1:], k, s)
         budgets = isoflop_budgets(s.runs)
         at, *best = isoflop_minima(s.runs, budgets, np.ones(len(s.runs.N)))
         for ax, y in zip(panels, (best[0], best[1], best[1] / best[0]) if budgets else ()):
-            ax.plot(at, y, label=f"{name}, parabolas", **style(k, False))
+            ax.plot(at, y, label=f"{name_of(s)}, parabolas", **style(k, False))
     names = ("best N (parameters)", "best D (tokens)", "best D/N (tokens a parameter)",
-             f"frontier above {studies[0].runs.name} (% of the loss)")
+             f"loss above {name_of(studies[0])} (%)")
     for ax, name, scale in zip(panels, names, ("log", "log", "log", "linear")):
-        ax.set(xscale="log", yscale=scale, xlabel="training FLOPs C", ylabel=name)
+        ax.set(xscale="log", yscale=scale, xlabel="training FLOPs", ylabel=name)
         if scale == "log":
             plain_ticks(ax.yaxis)
 
@@ -83,11 +82,12 @@ def draw_optima(panels, studies):
 def draw_refits(ax, studies):
     """Bootstrap refits of alpha and beta as a cloud, and the fit itself as a large marker."""
     for k, s in enumerate(studies):
-        small, large = {"ms": 2.5, "alpha": 0.5}, {"ms": 10, "mew": 2.5, "label": s.runs.name}
-        ax.plot(*s.draws[:400, 3:].T, **style(k, False) | small)
-        ax.plot(*s.fit.coef[3:], **style(k, False) | large)
-    ax.set(xlabel=r"exponent $\alpha$ of N", ylabel=r"exponent $\beta$ of D",
-           title="the fit (large) and its bootstrap refits")
+        small, large = {"ms": 2.5, "alpha": 0.5}, {"ms": 12, "mec": "white", "zorder": 3}
+        look = style(k, False)
+        ax.plot(*s.draws[:400, 3:].T, **look | small)
+        ax.plot(*s.fit.coef[3:], **look | large | {"mfc": look["color"]})
+    ax.set(xlabel=r"exponent $\alpha$ of N (large: the fit; small: its refits)",
+           ylabel=r"exponent $\beta$ of D")
 
 
 def draw_slices(ax, runs, budgets):
@@ -101,47 +101,49 @@ def draw_slices(ax, runs, budgets):
         ax.plot(np.exp(x), L, "o", ms=3, color=colour)
         ax.plot(np.exp(fine), parabola, lw=1, color=colour, label=f"C = {C:.1e}")
     ax.plot(minima[2], minima[3], "kx", ms=6, label="minimum")
-    ax.set(xscale="log", xlabel="tokens D", ylabel="loss (nats)", title=f"{runs.name}: equal C")
+    ax.set(xscale="log", xlabel="tokens D", ylabel=f"loss ({unit_of(runs)})")
+    ax.set_title(f"{runs.name}: equal C", fontsize=10)
+    plain_ticks(ax.xaxis)
 
 
-def draw_laws(page, studies):
+def draw_laws(studies):
     """Everything of laws_more.png, in rows of at most three panels."""
     sliced = [(s.runs, isoflop_budgets(s.runs)) for s in studies]
     sliced = [(runs, budgets) for runs, budgets in sliced if budgets]
     several = len(studies) > 1
-    parts = np.array_split(range(4 + several + len(sliced)), -(-(4 + several + len(sliced)) // 3))
-    page.set_size_inches(13, 4 * len(parts))
-    rows = page.subfigures(len(parts), 1, squeeze=False).ravel()
-    panels = [ax for row, part in zip(rows, parts)
-              for ax in row.subplots(1, len(part), squeeze=False).ravel()]
-    draw_optima(panels[:3] + panels[4:4 + several], studies)
-    draw_refits(panels[3], studies)
-    for ax, (runs, budgets) in zip(panels[4 + several:], sliced):
+    page, axes = panels(4 + several + len(sliced))
+    draw_optima(axes[:3] + axes[4:4 + several], studies)
+    draw_refits(axes[3], studies)
+    for ax, (runs, budgets) in zip(axes[4 + several:], sliced):
         draw_slices(ax, runs, budgets)
-    for ax in panels:
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=8)
+    axes[1].legend(fontsize=8, title="band: 95 % of refits\ndashed: no runs", title_fontsize=8)
+    return page
 
 
-def draw_residuals(page, studies):
+def draw_residuals(studies):
     """Predicted against observed loss, and the errors against N, D and C."""
-    page.set_size_inches(15, 4)
-    panels = page.subplots(1, 4)
+    page, axes = panels(4)
     low, high = (end(end(s.runs.L) for s in studies) for end in (min, max))
-    panels[0].plot([low, high], [low, high], color="black", lw=0.8)
+    axes[0].plot([low, high], [low, high], color="black", lw=0.8)
     for k, s in enumerate(studies):
         runs, dots = s.runs, style(k, False)
         predicted = predict(s.fit.coef, runs.N, runs.D)
-        panels[0].plot(runs.L, predicted, label=runs.name, **dots)
-        for ax, x in zip(panels[1:], (runs.N, runs.D, runs.C)):
+        axes[0].plot(runs.L, predicted, label=name_of(s), **dots)
+        for ax, x in zip(axes[1:], (runs.N, runs.D, runs.C)):
             ax.plot(x, 100 * (runs.L / predicted - 1), **dots)
-    panels[0].set(xlabel="observed loss (nats)", ylabel="predicted loss (nats)")
-    panels[0].legend(fontsize=8, frameon=False)
-    panels[1].set_ylabel("observed above the law (%)")
-    for ax, name in zip(panels[1:], ("parameters N", "tokens D", "training FLOPs C")):
+    unit = unit_of(studies[0].runs)
+    axes[0].set(xlabel=f"observed loss ({unit})", ylabel=f"predicted loss ({unit})")
+    axes[0].legend(fontsize=8)
+    axes[1].set_ylabel("observed above the law (%)")
+    for ax, key, name in zip(axes[1:], "NDC", ("parameters N", "tokens D", "training FLOPs C")):
         ax.axhline(0, color="black", lw=0.8)
         ax.set(xscale="log", xlabel=name)
-        plain_ticks(ax.xaxis)
-        ax.sharey(panels[1])
+        ax.sharey(axes[1])
+        if key != "C":
+            values = np.unique(np.concatenate([getattr(s.runs, key) for s in studies]))
+            plain_ticks(ax.xaxis, values)
+    return page
 
 
 def main(argv=None):
@@ -149,16 +151,12 @@ def main(argv=None):
     args = parse_args(argv, __doc__)
     check(not args.compare and not args.json, "--compare and --json belong to fit_laws.py")
     check(args.out, "name a folder for the figures with --out")
-    figure = need("matplotlib.figure", "matplotlib")  # before the fit, which takes longer
+    need("matplotlib", "matplotlib")  # before the fit, which takes longer
     notes, studies = gather(args)
     print("\n".join(notes))
     make_folder(args.out)
     for name, draw in (("laws_more", draw_laws), ("residuals", draw_residuals)):
-        page = figure.Figure(layout="constrained")
-        page.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-        draw(page, studies)
-        save_figure(page, args.out / f"{name}.png", dpi=150)
-        print(f"wrote {args.out / name}.png")
+        save(draw(studies), args.out / f"{name}.png")
 
 
 if __name__ == "__main__":
