@@ -9,7 +9,7 @@ import pytest
 
 import train
 from data import encode, expand, get_tokenizer
-from tools import score, table
+from tools import curves, score, table
 from world import QUESTIONS
 
 ENCODING = get_tokenizer()
@@ -59,6 +59,12 @@ def test_seeds_are_pooled_and_only_fields_that_vary_are_columns(capsys, tmp_path
     assert learned["moe"] == "learned" and learned["loss"] == "1.0667 ± 0.2082"
     rows = [{**r, "init": f"runs/text-s{r['seed']}"} for r in ROWS]  # differs as the seed does
     lines, _ = cells(capsys, tmp_path, rows, "--by", "moe")
+    assert [line["n"] for line in lines] == ["3", "3"]
+
+
+def test_a_run_that_two_studies_share_is_in_both(capsys, tmp_path):
+    rows = [{**r, "study": study} for study in ("moe", "pairs") for r in ROWS]
+    lines, _ = cells(capsys, tmp_path, rows, "--where", "study=moe", "--by", "moe")
     assert [line["n"] for line in lines] == ["3", "3"]
 
 
@@ -126,8 +132,32 @@ def test_a_plot_against_a_share_of_the_mixture(capsys, tmp_path, monkeypatch):
     flags = "--plot", "caption_share", "--metric", "loss", "--out", str(tmp_path / "f.png")
     cells(capsys, tmp_path, rows, *flags)
     sd = np.round(np.array([[0.02, 0.07], [0.04, 0.14]]) * 2 ** 0.5, 6).tolist()
-    assert drawn == [("fusion early", [20, 70], [0.2, 0.7], sd[0]),
-                     ("fusion late", [20, 70], [0.2, 0.7], sd[1])]
+    assert drawn == [("early fusion", [20, 70], [0.2, 0.7], sd[0]),
+                     ("late fusion", [20, 70], [0.2, 0.7], sd[1])]
+
+
+def test_curves_of_any_folders_over_tokens_flops_and_seconds(study, sft_run, monkeypatch, capsys):
+    """Also of one run alone. Names are words, and tell the runs apart."""
+    late, pages = next(study.glob("late*")), []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda page, *_, **__:
+                        pages.append(page))
+    row = train.finished(study)[late.name]
+    for over, total in (("tokens", row["D"]), ("flops", row["C"]),
+                        ("seconds", row["D"] / row["tok_per_s"])):
+        curves.main([str(study), "--over", over])
+        lines = {line.get_label(): line for ax in pages[-1].axes for line in ax.lines}
+        assert set(lines) == {"early fusion, width 16", "late fusion, width 16"}
+        steps = [json.loads(line) for line in (late / "log.jsonl").open(encoding="utf-8")]
+        last = max(step["step"] for step in steps if "val_loss" in step) + 1
+        spent = lines["late fusion, width 16"].get_xdata()
+        assert spent[-1] == pytest.approx(total * last / row["steps"])
+    curves.main([str(late), str(sft_run)])
+    assert len(pages[-1].axes) == len(pages[0].axes)
+    curves.main([str(late)])
+    assert {line.get_label() for ax in pages[-1].axes for line in ax.lines} == {
+        "late fusion, width 16"}
+    with pytest.raises(SystemExit, match="--eval-every"):
+        curves.main([str(study / "nowhere")])
 
 
 @pytest.mark.parametrize("text,normal", [

@@ -1,60 +1,84 @@
 """Draw the learning curves of finished or running runs, one panel for each kind of document.
 
-    python -m tools.curves runs/real --out results/real_curves.png
+    python -m tools.curves runs/real runs/moe/RUN --over flops --out curves.png
 
-Reads OUT/*/log.jsonl, where train.py writes validation losses if it is given --eval-every.
+Takes any number of studies and of runs. Reads their log.jsonl, where train.py writes validation
+losses if it is given --eval-every. FLOPs and seconds are those that a run has in results.jsonl when
+it has ended: C / D and 1 / tok_per_s a token.
 """
 import json
 from pathlib import Path
 
 from data import check
-from tools import need, save_figure
-from train import Parser
+from tools import human, panels, readable, save, style
+from tools.table import varying
+from train import Parser, finished
 from world import KINDS, QUESTIONS
 
+AXES = {"tokens": "training tokens", "flops": "training FLOPs (1B = 1e9)",
+        "seconds": "seconds of training"}
 
-def read(folder):
-    """{run: (tokens, lines)} of all runs in a folder: the lines of the log that hold validation
-    losses, and the tokens trained on at each."""
-    curves = {}
-    for path in sorted(Path(folder).glob("*/log.jsonl")):
-        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+def read(folders, over="tokens"):
+    """-> {run in words: (how far, lines)}, the lines of the log that hold validation losses, and
+    the tokens, FLOPs or seconds spent at each; and what a token of these runs is."""
+    curves, settings = [], []
+    for log in (log for folder in map(Path, folders)
+                for log in sorted([*folder.glob("log.jsonl"), *folder.glob("*/log.jsonl")])):
+        config = json.loads((log.parent / "config.json").read_text(encoding="utf-8"))
+        lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
         lines = [line for line in lines if "val_loss" in line]
-        tokens = [(line["step"] + 1) * config["train"]["tokens_per_step"] for line in lines]
-        if lines:
-            curves[path.parent.name] = tokens, lines
-    return curves
+        row = finished(log.parent.parent).get(log.parent.name)
+        if over != "tokens" and not row:
+            print(f"{log.parent} is left out: it has not ended, so its {over} are not known")
+        elif lines:
+            cost = {"tokens": lambda row: 1, "flops": lambda row: row["C"] / row["D"],
+                    "seconds": lambda row: 1 / row["tok_per_s"]}[over](row)
+            step = cost * config["train"]["tokens_per_step"]
+            curves.append(([(line["step"] + 1) * step for line in lines], lines))
+            settings.append({k: v for part in config.values() if isinstance(part, dict)
+                             for k, v in part.items()})
+    unit = "byte" if all(row["tokenizer"] == "bytes" for row in settings) else "token"
+    return dict(zip(names(settings), curves)), unit
 
 
-def draw(curves, out):
-    need("matplotlib", "matplotlib").use("Agg")
-    from matplotlib import pyplot as plt
+def names(settings):
+    """What tells each run from the others, in words."""
+    told = varying(settings, ("fusion", "moe", "width", "experts"))[4:]
+    told += ["seed"] * (len({row["seed"] for row in settings}) > 1)
+    return [", ".join([readable(row), *(f"{key} {row.get(key)}".replace("_", " ") for key in told)])
+            for row in settings]
+
+
+def draw(curves, over, unit, out):
     measured = {name for _, lines in curves.values() for name in lines[0]}
     kinds = [kind for kind in KINDS + QUESTIONS if f"val_loss_{kind}" in measured]
-    figure, panels = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.8), squeeze=False,
-                                  constrained_layout=True)
-    for panel, kind in zip(panels[0], kinds):
-        for i, (run, (tokens, lines)) in enumerate(curves.items()):
+    page, axes = panels(len(kinds))
+    for panel, kind in zip(axes, kinds):
+        for k, (run, (spent, lines)) in enumerate(curves.items()):
             losses = [line.get(f"val_loss_{kind}") for line in lines]
-            style = ("-", "--", "-.", ":")[i % 4]
-            panel.plot([n / 1e6 for n in tokens], losses, style, label=run, linewidth=1.6)
-        panel.set(title=kind, xlabel="training tokens (millions)")
+            panel.plot(spent, losses, label=run, markevery=len(spent) // 4 + 1, **style(k))
+        panel.set_title(kind, fontsize=10)
+        panel.set_xlabel(AXES[over])
+        panel.xaxis.set_major_formatter(human)
+        panel.locator_params(axis="x", nbins=4)
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("validation loss (nats a token)")
-    panels[0][0].legend(fontsize=8)
-    save_figure(figure, out, dpi=130)
-    print(f"wrote {out}")
+    axes[0].set_ylabel(f"validation loss (nats a {unit})")
+    page.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8,
+                ncols=2)
+    save(page, out)
 
 
 def main(argv=None):
     parser = Parser(prog="python -m tools.curves", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="a study: the --out of train.py")
+    parser.add_argument("folders", nargs="+", help="studies (the --out of train.py) or runs")
+    parser.add_argument("--over", choices=AXES, default="tokens")
     parser.add_argument("--out", default="curves.png", help="file of the figure")
     args = parser.parse_args(argv)
-    curves = read(args.folder)
-    check(curves, f"{args.folder}: no validation losses in */log.jsonl; train with --eval-every")
-    draw(curves, args.out)
+    curves, unit = read(args.folders, args.over)
+    check(curves, f"{', '.join(args.folders)}: no validation losses in log.jsonl; train with "
+          "--eval-every")
+    draw(curves, args.over, unit, args.out)
 
 
 if __name__ == "__main__":

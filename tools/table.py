@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from data import DataConfig, check
-from tools import end_with_the_pipe, need, save_figure
+from tools import end_with_the_pipe, human, panels, save, style
 from train import Parser
 from world import KINDS
 
@@ -130,22 +130,40 @@ def table(groups, fields, metrics, against):
 
 
 def plot(groups, fields, metrics, out):
-    """The last field across, a panel a metric, a line for each value of the other fields."""
-    need("matplotlib", "matplotlib").use("Agg")
-    from matplotlib import pyplot as plt
-    figure, panels = plt.subplots(1, len(metrics), figsize=(4 * len(metrics), 3.6), squeeze=False,
-                                  constrained_layout=True)
-    for panel, metric in zip(panels[0], metrics):
-        for line, items in groupby(groups.items(), lambda item: item[0][:-1]):
+    """The last field across, a panel a metric, a line for each value of the other fields: the mean
+    over seeds and its standard deviation."""
+    page, axes = panels(len(metrics))
+    rows, values = [*chain(*(s.values() for s in groups.values()))], {key[-1] for key in groups}
+    unit = "byte" if all(row.get("data") == "procedural" for row in rows) else "token"
+    for panel, metric in zip(axes, metrics):
+        lines = groupby(groups.items(), lambda item: item[0][:-1])
+        for k, (line, items) in enumerate(lines):
             points = [(key[-1], [*measured(seeds, metric).values()]) for key, seeds in items]
             points = [(x, *mean_sd(values)) for x, values in points if values]
-            panel.errorbar(*np.reshape(points, (-1, 3)).T, marker="o", markersize=4, capsize=3,
-                           label=", ".join(f"{f} {v}" for f, v in zip(fields, line)) or "all runs")
-        panel.set(title=metric, xlabel=fields[-1])
+            panel.errorbar(*np.reshape(points, (-1, 3)).T, capsize=3, label=words(fields, line),
+                           **style(k))
+        panel.set_title(f"{metric} (± over seeds)".replace("_", " "), fontsize=10)
+        panel.set_xlabel(fields[-1].replace("_share", " (% of the rows)").replace("_", " "))
+        panel.set_ylabel(f"nats a {unit}" if metric.startswith("loss") else "")
+        if 0 < min(values) <= max(values) / 8:
+            panel.set_xscale("log")
+        if len(values) < 9:
+            panel.set_xticks(sorted(values))
+        panel.xaxis.set_major_formatter(human)
+        panel.xaxis.set_minor_formatter("")
         panel.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=8)
-    save_figure(figure, out, dpi=130)
-    print(f"wrote {out}")
+    axes[0].legend(fontsize=8)
+    save(page, out)
+
+
+def words(fields, values):
+    """A line's name in the legend, "early fusion, 8 experts" rather than the names of flags."""
+    known = dict(zip(fields, values))
+    text = {"fusion": "{} fusion", "experts": "{} experts", "moe": "{} mixture of experts"}
+    if known.get("moe") == "none":
+        text |= {"moe": "dense", "experts": "", "n_experts": "", "top_k": "", "granularity": ""}
+    found = [text.get(f, f.replace("_", " ") + " {}").format(v) for f, v in known.items()]
+    return ", ".join(filter(None, found)) or "all runs"
 
 
 def parse(argv):
