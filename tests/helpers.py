@@ -38,7 +38,8 @@ def same(a, b):
 def save_run(folder, model, tokenizer="bytes"):
     """A directory with ckpt.pt, as train.py leaves it: what reads a run needs no more."""
     folder.mkdir(exist_ok=True)
-    config = {"model": dataclasses.asdict(model.cfg), "data": {"tokenizer": tokenizer}}
+    data = {"data": "procedural", "mixture": "45-45-10", "tokenizer": tokenizer}
+    config = {"model": dataclasses.asdict(model.cfg), "data": data}
     torch.save({"model": model.state_dict(), "config": config}, folder / "ckpt.pt")
 
 

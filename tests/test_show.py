@@ -1,11 +1,14 @@
-"""The page of rows: python -m pytest -q tests/test_show.py"""
+"""The drawings of documents, masks and models: python -m pytest -q tests/test_show.py"""
 import numpy as np
 import pytest
 from PIL import Image
 
 import tools.show
-from data import Row, collate, encode, get_tokenizer
+from data import DataConfig, Loader, Row, collate, encode, get_tokenizer
+from helpers import build, save_run
+from model import attention_mask
 from test_pack import picture, write_tar, write_texts
+from tools import architectures, sample
 from tools.pack import pack
 
 
@@ -20,7 +23,7 @@ def test_page(tmp_path):
             rows[-1].add(encode(parts, encoding))
     batch = collate(rows, 8)
     segments = list(tools.show.row_segments(batch, 0))
-    assert [(d, kind) for d, kind, _ in segments] == [
+    assert [(d, kind) for d, kind, *_ in segments] == [
         (1, "context"), (1, "image"), (1, "target"), (2, "context"), (2, "image"), (2, "target"),
         (3, "context"), (3, "target"), (3, "image"), (3, "image"), (3, "target")]
     assert encoding.decode(segments[2][2]) == "a red ramp<|endoftext|>"
@@ -55,3 +58,75 @@ def test_show_with_its_defaults_and_with_mistakes(tmp_path, monkeypatch, capsys)
                           (["-n", "1", "--out", str(tmp_path / "page.nonsense")], "page.nonsense")):
         with pytest.raises(SystemExit, match=message):
             tools.show.main(argv)
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """The figures that are written, by their names."""
+    found = {}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda page, path, **_: found.setdefault(str(path), page))
+    return found
+
+
+def world_batch():
+    """A held-out row of each kind."""
+    loader = Loader(DataConfig(val_rows=1), 0, 128, 32, 8)
+    return collate([loader.source.val_row(kind, 0) for kind in loader.shares], 8), loader.encoding
+
+
+def test_the_page_of_the_world_holds_every_target_and_the_nats_of_every_choice(pages):
+    batch, encoding = world_batch()
+    tools.show.draw_rows(batch, encoding.decode, "world.png", 8, 32)
+    axes, = pages["world.png"].axes
+    blue, small = ([text.get_text() for text in axes.texts if text.get_color() == ink][1:]
+                   for ink in (tools.show.INK["target"], tools.show.INK["nats"]))
+    told = encoding.decode(batch["targets"].flatten()[batch["target_index"]].tolist())
+    told = told.replace("<|endoftext|>", "⟨end⟩")
+    assert "".join("".join(blue).split()) == "".join(told.split())
+    assert small == [f"{nats:.1f}" for nats in batch["nll"].tolist() if nats > 0] and len(small) > 9
+    assert len(axes.images) == len(batch["images"])
+
+
+def test_the_drawn_mask_is_that_of_the_model(pages):
+    batch, _ = world_batch()
+    tools.show.draw_mask(batch, "mask.png")
+    values = pages["mask.png"].axes[0].images[0].get_array()
+    image = batch["patch_index"] // 16
+    assert np.array_equal(values > 0, attention_mask(batch["doc"], image)[0, 0])
+    assert np.array_equal(values[0 <= image[0]].max(1), [2] * int((image[0] >= 0).sum()))
+    assert (values[image[0] < 0] < 2).all() and (np.triu(values, 1) > 0).any()
+
+
+def test_text_stays_in_its_box_and_arrows_join_boxes(pages):
+    architectures.main(["--out", "a.png"])
+    axes, = pages["a.png"].axes
+    boxes = [patch.get_window_extent() for patch in axes.patches]
+    texts = {text.get_text(): text for text in axes.texts}
+    for name, (_, _, _, _, words, _) in architectures.BOXES.items():
+        box = boxes[[*architectures.BOXES].index(name)]
+        inner = texts[words].get_window_extent()
+        assert inner.width < box.width and inner.height < box.height, name
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    arrows = [text for text in axes.texts if not text.get_text()]
+    for arrow in arrows:
+        ends = axes.transData.transform([arrow.xy, arrow.xyann])
+        assert all(any(box.expanded(1.01, 1.05).contains(*end) for box in boxes) for end in ends)
+    assert len(arrows) == architectures.ARROWS.count(">")
+
+
+def test_the_page_of_a_model_holds_what_the_data_say_and_what_it_says(pages, tmp_path, capsys):
+    save_run(tmp_path / "run", build(context=128, image_size=32, patch_size=8, vocab_size=264))
+    sample.main([str(tmp_path / "run"), "--out", "sample.png"])
+    axes, = pages["sample.png"].axes
+    texts = [text.get_text() for text in axes.texts]
+    batch, encoding = world_batch()
+    truth = encoding.decode(batch["targets"][0][batch["targets"][0] >= 0].tolist()).split("<|")[0]
+    assert f"the data say:   {truth}" in texts and len(axes.images) == 3
+    assert sum(text.startswith("the data say") for text in texts) == 3
+    assert sum(text.startswith("the model says") for text in texts) == 3
+    with pytest.raises(SystemExit, match="leave out --image"):
+        sample.main([str(tmp_path / "run"), "--out", "sample.png", "--prompt", "x"])
+    Image.new("RGB", (9, 9)).save(tmp_path / "cat.png")
+    sample.main([str(tmp_path / "run"), "--image", str(tmp_path / "cat.png")])
+    assert "procedural world only" in capsys.readouterr().err

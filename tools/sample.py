@@ -1,9 +1,13 @@
 """Continues images and text with a trained model: captions, answers, or plain text.
 
-    python -m tools.sample runs/laptop/RUN --image cat.png --prompt "a photo of"
+    python -m tools.sample runs/demo/RUN --prompt "the "
+    python -m tools.sample runs/real/RUN --image cat.png --prompt "a photo of"
+    python -m tools.sample runs/demo/RUN --out sample.png    held-out pictures, and what it says
 
 Dimensions: S pixels of a side.
 """
+import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,6 +30,27 @@ def read_image(path, size):
     return square(image, size)
 
 
+def draw_held_out(model, data, tokenizer, out, n=3):
+    """A page of n held-out pictures, what the data say of each, and what the model says."""
+    from tools.score import exchanges, held_out  # here, because they and the page need pillow
+    from tools.show import draw_document, new_page, picture, save_page
+    cfg, axes, y = model.cfg, new_page(), 0.0
+    documents = held_out(model, data, data["data"], n)
+    for _, prompt, truths in islice(exchanges(documents, cfg, tokenizer), n):
+        said = generate(model, prompt, 64, stop=tokenizer.eot_token, n_vocab=tokenizer.n_vocab)
+        images = [part for part in prompt if isinstance(part, torch.Tensor)]
+        read = [i for part in prompt if isinstance(part, list) for i in part]
+        asked = tokenizer.decode([i for i in read if i != tokenizer.eot_token]).strip()
+        texts = (("context", asked + "\n" if asked else ""),
+                 ("target", f"the data say:   {truths[0]}\n"),
+                 ("nats", f"the model says: {tokenizer.decode(said).strip()}"))
+        segments = [*((0, "image", i, 0) for i in range(len(images))),
+                    *((0, kind, text, 0) for kind, text in texts if text)]
+        pictures = picture(torch.stack(images), cfg.patch_size, cfg.image_size)
+        y = draw_document(axes, y, segments, pictures, str, 1.5) + 0.5
+    save_page(axes, y, out)
+
+
 def main(argv=None):
     parser = Parser(prog="python -m tools.sample", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", help="directory of one run of train.py, with ckpt.pt")
@@ -35,12 +60,20 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="draw among this many, 0: all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="draw three held-out pictures and their captions here")
     args = parser.parse_args(argv)
     check(args.temperature >= 0 and args.top_k >= 0,
           f"--temperature {args.temperature} --top-k {args.top_k}: need 0 or more")
     model, data = load_model(args.run_dir)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, cfg = get_tokenizer(data["tokenizer"]), model.cfg
+    if args.out:
+        check(not args.image and not args.prompt, "--out draws held-out pictures: leave out "
+              "--image and --prompt")
+        return draw_held_out(model, data, tokenizer, args.out)
+    if args.image and data["data"] == "procedural":
+        print("note: this model knows the procedural world only; for photos, train on photos",
+              file=sys.stderr)
     images = [patchify(read_image(path, cfg.image_size), cfg.patch_size) for path in args.image]
     # a caption document in its order: end-of-text as BOS, the images, the text
     parts = [[tokenizer.eot_token], *map(torch.from_numpy, images),

@@ -2,50 +2,65 @@
 
     python -m tools.show -n 4 --out page.png          rows of the procedural world
     python -m tools.show FOLDER --split val           rows of a folder that tools.pack wrote
+    python -m tools.show -n 1 --mask mask.png         also who looks at whom in the first row
+
+Under the words of the procedural world stands what each choice costs at least, in nats.
 
 Dimensions:  I images in a batch   S image side   p patch side   g patches along a side (S / p)
+             B rows   T positions of a row
 """
 import itertools
 import re
 import textwrap
-import warnings
+
+import torch
 
 from data import DataConfig, Loader, check, collate, read_meta
-from tools import need, save_figure
+from model import attention_mask
+from tools import need, save
 from train import Parser
 from world import KINDS
 
 WIDTH = 118  # of a page, in letters
-INK = {"target": "#0b3d91", "context": "#999999"}
+INK = {"target": "#0b3d91", "context": "#999999", "nats": "#b34700"}
 STYLE = {"family": "monospace", "fontsize": 7, "va": "top", "parse_math": False}
 
 
 def row_segments(batch, b):
-    """Row b as (document, kind, payload): kind "image" (its index), "target" or "context" (ids).
-    A target is a token that some position has to predict."""
+    """Row b as (document, kind, payload, nats): kind "image" (its index), "target" or "context"
+    (ids). A target is a token that some position has to predict. Where that costs nats at best, as
+    only the procedural world knows, a new segment begins."""
     tokens, doc, targets = (batch[k][b].tolist() for k in ("tokens", "doc", "targets"))
+    nats = torch.zeros(batch["targets"].numel())
+    nats[batch["target_index"]] = batch["nll"]
+    nats = nats.view_as(batch["targets"])[b].tolist()
     image = (batch["patch_index"][b] // batch["images"].shape[1]).tolist()  # (T,), -1 = no image
     entries = []
     for t, number in enumerate(doc):
         predicted = t > 0 and doc[t - 1] == number and targets[t - 1] >= 0
         kind = "image" if image[t] >= 0 else "target" if predicted else "context"
-        entries += [(number, kind, image[t], tokens[t])] if number else []  # 0 is padding
-        if targets[t] >= 0 and number not in doc[t + 1:t + 2]:
-            entries.append((number, "target", -1, targets[t]))  # predicted, but not an input
-    for (number, kind, i), run in itertools.groupby(entries, key=lambda entry: entry[:3]):
-        yield number, kind, i if kind == "image" else [token for *_, token in run]
+        paid = nats[t - 1] if predicted else 0.0
+        entries += [(number, kind, image[t], paid, tokens[t])] if number else []  # 0 is padding
+        if targets[t] >= 0 and number not in doc[t + 1:t + 2]:  # predicted, but not an input
+            entries.append((number, "target", -1, nats[t], targets[t]))
+    begun = itertools.accumulate(entry[3] > 0 for entry in entries)
+    for _, run in itertools.groupby(zip(entries, begun), key=lambda e: (*e[0][:3], e[1])):
+        run = [entry for entry, _ in run]
+        number, kind, i, paid, _ = run[0]
+        yield number, kind, i if kind == "image" else [token for *_, token in run], paid
 
 
 def draw_rows(batch, decode, out_path, patch_size, image_size):
     """Draw every row of a batch (as collate makes it) to a PNG, a bar for each document. decode:
     list of ids -> str. SystemExit: the page cannot be written there."""
-    axes = need("matplotlib.figure", "matplotlib").Figure().add_axes((0, 0, 1, 1))
-    g = image_size // patch_size
-    images = batch["images"].reshape(-1, g, g, patch_size, patch_size, 3)       # (I, g, g, p, p, 3)
-    images = images.transpose(2, 3).reshape(-1, image_size, image_size, 3)      # (I, S, S, 3)
+    axes, images = new_page(), picture(batch["images"], patch_size, image_size)
     axes.text(7, 0, "blue: targets, which the model has to predict", STYLE, color=INK["target"])
-    axes.text(60, 0, "grey: context, only read, as all images are", STYLE, color=INK["context"])
-    y = 1
+    axes.text(56, 0, "grey: context, only read, as all images are", STYLE, color=INK["context"])
+    gap = 1.9 if (batch["nll"] > 0).any() else 1  # room for the nats under a line
+    if gap > 1:
+        axes.text(7, 1, "small: nats that a choice costs even the best model", STYLE,
+                  color=INK["nats"])
+    y = 1.5
     for b, targets in enumerate(batch["targets"]):
         patches, padding = (batch["patch_index"][b] >= 0).sum(), (batch["doc"][b] == 0).sum()
         axes.text(0, y + 1, f"row {b}: {len(targets)} positions, {patches} of them image patches, "
@@ -53,31 +68,75 @@ def draw_rows(batch, decode, out_path, patch_size, image_size):
         y += 2
         for number, segments in itertools.groupby(row_segments(batch, b), key=lambda s: s[0]):
             top, colour = y, f"C{(number - 1) % 10}"
-            y = draw_document(axes, y, segments, images.numpy(), decode)
+            y = draw_document(axes, y, segments, images, decode, gap)
             axes.plot([6.4, 6.4], [top, y - 0.2], colour, linewidth=3, solid_capstyle="butt")
             axes.text(0, top, f"doc {number}", STYLE, color=colour)
     save_page(axes, y, out_path)
 
 
-def draw_document(axes, y, segments, images, decode):
+def new_page():
+    return need("matplotlib.figure", "matplotlib").Figure().add_axes((0, 0, 1, 1))
+
+
+def picture(patches, p, size):
+    """uint8 (I, P, 3 p^2) patches -> (I, S, S, 3)."""
+    g = size // p
+    images = patches.cpu().reshape(-1, g, g, p, p, 3).transpose(2, 3)           # (I, g, p, g, p, 3)
+    return images.reshape(-1, size, size, 3).numpy()
+
+
+def draw_document(axes, y, segments, images, decode, gap=1):
     """Text stands to the right of the images before it. Returns the y of the line below."""
     top, bottom, left, x = y, y, 7, 7
-    for _, kind, payload in segments:
+    for _, kind, payload, nats in segments:
         if kind == "image":
             if y > top or x > 60:  # not beside this text but below everything
-                x, y = 6, max(y + 1, bottom)
-            axes.imshow(images[payload], extent=(x + 1, x + 14, y + 5.8, y), aspect="auto")
-            top, bottom, left, x = y, y + 6, x + 15, x + 15
+                x, y = 5, max(y + gap, bottom)
+            axes.imshow(images[payload], extent=(x + 2, x + 15, y + 5.8, y), aspect="auto")
+            top, bottom, left, x = y, y + 6, x + 16, x + 16
             continue
         text = decode(payload).replace("<|endoftext|>", "⟨end⟩")
         for k, paragraph in enumerate(re.split(r"\n\s*", text)):
-            x, y = (left, y + 1) if k else (x, y)
+            x, y = (left, y + gap) if k else (x, y)
             indent = " " * (x - left)  # after what is on this line already
             lines = textwrap.wrap(paragraph, WIDTH - left, initial_indent=indent) or [indent]
             for n, line in enumerate(lines):
-                axes.text(left, y + n, line, STYLE, color=INK[kind])
-            x, y = left + len(lines[-1]), y + len(lines) - 1
-    return max(y + 1, bottom)
+                axes.text(left, y + gap * n, line, STYLE, color=INK[kind])
+            if nats and not k:  # under the first word, which may not have fitted on this line
+                moved = not lines[0].strip() and len(lines) > 1
+                at = left if moved else x + len(text) - len(text.lstrip())
+                axes.text(at, y + gap * moved + 0.95, f"{nats:.1f}",
+                          STYLE | {"fontsize": 6}, color=INK["nats"])
+            x, y = left + len(lines[-1]), y + gap * (len(lines) - 1)
+    return max(y + gap, bottom)
+
+
+def draw_mask(batch, out_path):
+    """attention_mask of the first row: blue what a position sees of the past, orange what it sees
+    of the image that it is part of. White is not seen."""
+    colors, axes = (need(f"matplotlib.{name}", "matplotlib") for name in ("colors", "figure"))
+    axes = axes.Figure(figsize=(8.3, 8.6), layout="constrained").subplots()
+    doc, image = batch["doc"][:1], batch["patch_index"][:1] // batch["images"].shape[1]  # (1, T)
+    mask = attention_mask(doc, image)[0, 0]                                     # (T, T)
+    own = mask & (image[0][:, None] == image[0]) & (image[0] >= 0)
+    values = mask.int() + own.int()
+    axes.imshow(values.numpy(), cmap=colors.ListedColormap(["white", "#7aa6d8", "#e08214"]), vmin=0, vmax=2)
+    parts = [(*key, [t for t, _ in run]) for key, run in itertools.groupby(
+        enumerate(zip(doc[0].tolist(), image[0].tolist())), key=lambda entry: entry[1])]
+    named = [(d, i, at) for d, i, at in parts if len(at) > 4]
+    ticks = [(at[0] + at[-1]) / 2 for *_, at in named]
+    words = ["padding" if d == 0 else f"image, doc {d}" if i >= 0 else f"text, doc {d}"
+             for d, i, _ in named]
+    axes.set_xticks(ticks, words, rotation=40, ha="right", fontsize=9)
+    axes.set_yticks(ticks, words, fontsize=9)
+    for (d, _, _), (_, _, at) in zip(parts, parts[1:]):
+        if d != doc[0, at[0]]:  # the next document begins
+            axes.axhline(at[0] - 0.5, color="0.5", lw=0.6)
+            axes.axvline(at[0] - 0.5, color="0.5", lw=0.6)
+    axes.set(xlabel="... may look at this position", ylabel="this position ...")
+    axes.set_title("blue: itself and the past of its document; orange: its image, both ways",
+                   fontsize=10)
+    save(axes.figure, out_path)
 
 
 def save_page(axes, y, out_path):
@@ -85,9 +144,7 @@ def save_page(axes, y, out_path):
     axes.figure.set_size_inches(width, height)
     axes.set(xlim=(-1, WIDTH + 1), ylim=(y + 0.5, -0.5))
     axes.axis("off")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that no font has is drawn as a box
-        save_figure(axes.figure, out_path, dpi=min(150, 30000 / height))  # PNG: at most 2^15 lines
+    save(axes.figure, out_path)
 
 
 def main(argv=None):
@@ -96,6 +153,7 @@ def main(argv=None):
     add("data", nargs="?", default="procedural", help="procedural, or a packed folder")
     add("-n", type=int, default=4, help="rows")
     add("--out", default="page.png")
+    add("--mask", metavar="FILE", help="draw the attention mask of the first row, too")
     add("--split", choices=("train", "val"), default="train")
     add("--context", type=int, default=0, help="positions in a row; 0: 1024, 256 for procedural")
     add("--image-size", type=int, default=0, help="0: as packed; 32 for procedural")
@@ -124,8 +182,11 @@ def main(argv=None):
         rows = [source.val_row(kind, n % source.n_val(kind)) for kind, n in kinds]
     else:
         rows = [source.row(kind, n) for kind, n in kinds]
-    draw_rows(collate(rows, patch), loader.encoding.decode, args.out, patch, size)
-    print(f"wrote {args.out}: {args.n} rows ({', '.join(kind for kind, _ in kinds)})")
+    batch = collate(rows, patch)
+    draw_rows(batch, loader.encoding.decode, args.out, patch, size)
+    if args.mask:
+        draw_mask(batch, args.mask)
+    print(f"{args.n} rows: {', '.join(kind for kind, _ in kinds)}")
 
 
 if __name__ == "__main__":
