@@ -4,6 +4,7 @@
 """
 from tools import need, save
 from train import Parser
+import itertools
 
 # A box: centre, width and height, text, colour. What belongs to images only is orange.
 BLUE, ORANGE, GREY, WHITE = "#cfe0f3", "#fbd9b0", "#e9e9e9", "#ffffff"
@@ -51,7 +52,7 @@ def draw(out):
         axes.text(x, y, text, ha="center", va="center", fontsize=7.5)
     for chain in ARROWS.replace("\n", " ").split(";"):
         names = [name.strip() for name in chain.split(">")]
-        for start, end in zip(names, names[1:]):
+        for start, end in itertools.pairwise(names):
             (x, y, _, height, *_), (to_x, to_y, width, to_height, *_) = BOXES[start], BOXES[end]
             # straight up into a wide box, to its middle otherwise
             to_x = x if width > 3 else to_x

@@ -129,7 +129,7 @@ def draw_mask(batch, out_path):
              for d, i, _ in named]
     axes.set_xticks(ticks, words, rotation=40, ha="right", fontsize=9)
     axes.set_yticks(ticks, words, fontsize=9)
-    for (d, _, _), (_, _, at) in zip(parts, parts[1:]):
+    for (d, _, _), (_, _, at) in itertools.pairwise(parts):
         if d != doc[0, at[0]]:  # the next document begins
             axes.axhline(at[0] - 0.5, color="0.5", lw=0.6)
             axes.axvline(at[0] - 0.5, color="0.5", lw=0.6)
