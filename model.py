@@ -8,6 +8,7 @@ silent (norms, positions, initial weights, heads) we follow open_lm's DCLM, the 
 """
 import functools
 import math
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -549,8 +550,10 @@ def read_checkpoint(source, take):
         hint = ", ".join(str(p.parent) for p in runs[:9])
         raise SystemExit(f"{path} does not exist: name a run of train.py ({hint or 'none here'})")
     try:  # weights_only, because a file from elsewhere must not run code
-        # mmap reads what is used: to size a run from weights, a few kB of many GB
-        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # mmap reads what is used: to size a run from weights, a few kB of many GB. But Windows
+        # would not let the run write its next checkpoint over a file that is mapped.
+        ckpt = torch.load(path, map_location="cpu", weights_only=True,
+                          mmap=sys.platform != "win32")
         if "config" in ckpt:
             return take(ckpt)
     except Exception as error:  # a file of another format can raise nearly anything
