@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tarfile
 import threading
 import warnings
@@ -297,7 +298,8 @@ def to_rgb(Image, image):
 
 
 def make_document(parts, kind, encoding, store_size):
-    """-> (Document or None, reasons why something was left out). Texts on both sides of a left-out
+    """-> (Document, the reason of each image that was left out), or (None, [the first reason why]),
+    so that documents and reasons add up to the samples of a file. Texts on both sides of a left-out
     image are two paragraphs."""
     kept, reasons, gap = [], [], False
     for part in (load_image(x, store_size) if isinstance(x, bytes) else x for x in parts):
@@ -310,9 +312,9 @@ def make_document(parts, kind, encoding, store_size):
         gap = isinstance(part, Skip)
     document = encode(kept, encoding)
     if len(document.tokens) == len(document.images):
-        return None, reasons or ["no text"]
+        return None, reasons[:1] or ["no text"]
     if reasons and kind != "interleaved":  # only there the text makes sense without the image
-        return None, reasons
+        return None, reasons[:1]
     return document, reasons
 
 
@@ -527,6 +529,7 @@ def main(argv=None):
     add("--val-fraction", type=float, default=0.01, help="share of train that becomes val")
     add("--workers", type=int, default=0, help="processes; 0 = one per core")
     args = vars(parser.parse_args(argv))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     check(0 <= args["val_fraction"] < 1 and args["image_size"] >= 1, "--val-fraction must be in "
           f"[0, 1) and --image-size at least 1, not {args['val_fraction']}, {args['image_size']}")
     pack({kind: args.pop(kind) for kind in LAYOUTS}, **args)
