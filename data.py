@@ -51,7 +51,7 @@ class DataConfig:
 
     def __post_init__(self):
         parts = self.mixture.split("-")
-        check(3 <= len(parts) <= len(KINDS) and all(map(str.isdigit, parts))
+        check(3 <= len(parts) <= len(KINDS) and all(map(str.isdecimal, parts))
               and sum(map(int, parts)) == 100,
               f"--mixture {self.mixture}: need whole percentages that add up to 100, "
               f"{'-'.join(KINDS)}, as 45-45-10 or 0-0-0-100")
@@ -411,8 +411,7 @@ def read_meta(root):
             meta["tokenizer"] = str(Path(root) / meta["tokenizer"])
         return meta
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise SystemExit(f"{path} is damaged: the same `tools.pack` command writes it again") \
-            from None
+        raise SystemExit(f"{path} is damaged: the same pack command writes it again") from None
 
 
 class Shards:
@@ -510,8 +509,7 @@ def crop_box(h, w, rng=None):
 
 
 def vocab_size(data):
-    """Ids a model needs for a data set: its tokenizer's, rounded up to a multiple of 8 (odd sizes
-    are slow on GPUs)."""
+    """Ids of the tokenizer of a data set, rounded up to a multiple of 8, for GPUs' speed."""
     ids = get_tokenizer().n_vocab if data == "procedural" else read_meta(data)["vocab_size"]
     return -(-ids // 8) * 8
 

@@ -82,10 +82,10 @@ class ModelConfig:
 def split_heads(width, heads=0):
     """The head dim of a layer of this width, or 0 where there is none. It is even, because RoPE
     turns pairs of numbers. For heads = 0 it is the divisor of the width nearest 64 that leaves two
-    heads, a multiple of 8 if there is one; ties go to the smaller."""
+    heads, a multiple of 8 if there is one; ties go to the smaller. (2 or 8 is nearer than 127.)"""
     if heads:
         return width // heads if width % (2 * heads) == 0 else 0
-    dims = [d for d in range(2, width // 2 + 1, 2) if width % d == 0]
+    dims = [d for d in range(2, min(width // 2, 126) + 1, 2) if width % d == 0]
     return min(dims, key=lambda d: (d % 8 > 0, abs(d - 64), d), default=0)
 
 

@@ -57,6 +57,7 @@ SIZES = {**PRESETS, "laptop": dict(width=64, depth=4, context=128, image_size=32
                                    tokens_per_step=512)}
 # Published dense bf16 FLOP/s and memory in bytes, to tell MFU and to plan.
 CARDS = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
+source_of = functools.cache(inspect.getsource)  # 50 ms that each job of a sweep would pay
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,10 @@ def parse_runs(argv):
     parser = Parser(description=__doc__, prog="train.py")
     for config in (TrainConfig, ModelConfig, DataConfig):
         add_flags(parser, config)
-    return make_runs(vars(parser.parse_args(argv)))
+    try:
+        return make_runs(vars(parser.parse_args(argv)))
+    except OSError as error:  # a folder that may not be read, a name that is too long
+        raise SystemExit(f"train.py: {error.filename}: {error.strerror}; name another") from None
 
 
 def make_runs(given):
@@ -152,7 +156,7 @@ def make_runs(given):
     words = vocab_size(given.get("data", DataConfig.data))
     values["vocab_size"] = max(values.get("vocab_size", 0), words)
     runs = [make_run({**values, "tokens": tokens}, given)
-            for tokens in dict.fromkeys(filter(None, asked.tokens.split(",")))]
+            for tokens in dict.fromkeys(asked.tokens.split(","))]
     return sorted(runs, key=lambda run: run.steps)
 
 
@@ -274,8 +278,7 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser, config):
     """One flag for each field of a config; the comment behind the field is the help. Flags that are
     not given come out as nothing at all, so that presets can tell them from defaults."""
-    source = inspect.getsource(config)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source_of(config), re.MULTILINE))
     how = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": whole_number}}
     for field in fields(config):
         kind = type(field.default)
@@ -417,9 +420,9 @@ def finished(out, tell=False):
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            name, *_ = row["run"], row["status"], row["loss"], row["tok_per_s"]
+            name, *_ = row["run"], row["loss"], summary(row)
             rows[name] = row
-        except (ValueError, LookupError, TypeError):
+        except Exception:  # what is no row can raise nearly anything
             broken.append(str(number))
     if broken and tell:
         print(f"note: {path} has no result in line {', '.join(broken[:9])}; the rest is used")

@@ -171,7 +171,7 @@ def test_finished_runs_are_skipped(tmp_path, capsys):
 
 
 def test_half_a_line_of_results_is_passed_over_and_ended(tmp_path):
-    row = {"run": "a", "status": "ok", "loss": 1.0, "tok_per_s": 9}
+    row = {"run": "a", "status": "ok", "N": 1, "D": 1, "loss": 1.0, "tok_per_s": 9}
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(row) + '\n{"run": "b", "lo', encoding="utf-8")
     train.append_result(tmp_path, {**row, "run": "c"})
@@ -179,7 +179,8 @@ def test_half_a_line_of_results_is_passed_over_and_ended(tmp_path):
 
 
 def test_rows_that_are_written_at_once_do_not_mix(tmp_path):
-    rows = [{"run": str(i), "status": "ok", "loss": 1.0, "tok_per_s": 9, "text": "x" * 3000}
+    rows = [{"run": str(i), "status": "ok", "N": 1, "D": 1, "loss": 1.0, "tok_per_s": 9,
+             "text": "x" * 3000}
             for i in range(64)]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda row: train.append_result(tmp_path, row), rows))
