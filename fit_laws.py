@@ -294,18 +294,17 @@ SIGNS = {"=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.l
 
 def read_rows(path):
     """Run folder, .jsonl, .csv or .tsv -> list of dicts, also under the keys N, D, loss and C."""
-    path = Path(path, "results.jsonl" if Path(path).is_dir() else "")
-    kind = path.suffix.lower()
-    check(path.is_file() and kind in (".jsonl", ".csv", ".tsv"),
-          f"{path}: no such table (run folder, .jsonl, .csv or .tsv)")
     try:
+        path = Path(path, "results.jsonl" if Path(path).is_dir() else "")
+        kind = path.suffix.lower()
+        check(path.is_file() and kind in (".jsonl", ".csv", ".tsv"),
+              f"{path}: no such table (run folder, .jsonl, .csv or .tsv)")
         lines = [*filter(str.strip, path.read_text("utf-8-sig").splitlines())]
         comma = max(",;\t", key="".join(lines[:1]).count)
-        rows = list(csv.DictReader(lines, delimiter=comma, restkey="status"))
-        if kind == ".jsonl":
-            rows = [json_row(line) for line in lines]
-    except ValueError:
-        check(False, f"{path}: not a {kind} table in UTF-8")
+        table = csv.DictReader(lines, delimiter=comma, restkey="status")
+        rows = list(map(json_row, lines) if kind == ".jsonl" else table)
+    except (OSError, ValueError, csv.Error) as error:
+        check(False, f"{path}: not a table in UTF-8 that can be read ({error})")
     for row in rows:
         for key in list(row):
             row.setdefault(ALIASES.get(key.strip().lower(), key.strip()), row[key])
@@ -315,8 +314,8 @@ def read_rows(path):
 def json_row(line):
     """A row; a killed run can leave a broken one."""
     try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError):
+        return {**json.loads(line)}
+    except (ValueError, TypeError, RecursionError):
         return {"status": "broken line"}
 
 
@@ -333,7 +332,7 @@ def number(cell):
     """One cell -> float; NaN if it is no number."""
     try:
         return float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return np.nan
 
 
@@ -448,7 +447,7 @@ def gather(args):
     """-> notes, a study for each group and loss that has enough rows."""
     rows, notes = load(args)
     by = [key for key in ("fusion", "moe") if any(key in row for row in rows)]
-    by += ["mixture"] if len({row.get("mixture") for row in rows}) > 1 else []
+    by += ["mixture"] if len({str(row.get("mixture")) for row in rows}) > 1 else []
     if args.group_by is not None:
         by = args.group_by.split(",") if args.group_by else []
     cells = [map(str, column(rows, key)) for key in by]

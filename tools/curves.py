@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from data import check
+from fit_laws import json_row
 from tools import human, panels, readable, save, style
 from tools.table import varying
 from train import Parser, finished
@@ -26,7 +27,7 @@ def read(folders, over="tokens"):
     for log in (log for folder in map(Path, folders)
                 for log in sorted([*folder.glob("log.jsonl"), *folder.glob("*/log.jsonl")])):
         config = json.loads((log.parent / "config.json").read_text(encoding="utf-8"))
-        lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+        lines = map(json_row, log.read_text("utf-8", "replace").splitlines())
         lines = [line for line in lines if "val_loss" in line]
         row = finished(log.parent.parent).get(log.parent.name)
         if over != "tokens" and not row:

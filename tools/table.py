@@ -8,9 +8,7 @@ standard deviation over seeds. The last column is the difference to another line
 t-interval. It is of pairs with one seed, because the noise that they share (the same data in the
 same order) cancels; where no seed is shared, it is Welch's.
 """
-import json
 import re
-from contextlib import suppress
 from difflib import get_close_matches
 from itertools import chain, groupby
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from data import DataConfig, check
+from fit_laws import json_row
 from tools import end_with_the_pipe, human, panels, save, style
 from train import Parser
 from world import KINDS
@@ -34,10 +33,9 @@ def read(paths):
     for path in map(Path, paths):
         path = path / "results.jsonl" if path.is_dir() else path
         check(path.is_file(), f"{path} does not exist: name folders that train.py wrote to (--out)")
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # a partial last line: a run is just ending
-                row = json.loads(line)
-                rows[path, row.get("study"), row.get("run"), row.get("scored")] = row
+        for row in map(json_row, path.read_text("utf-8", "replace").splitlines()):
+            if "run" in row:  # or the line is broken, as where a disk was full
+                rows[path, row.get("study"), row["run"], row.get("scored")] = row
     check(rows, f"{', '.join(paths)}: no run has ended yet")
     for row in rows.values():
         if "mixture" in row:
