@@ -94,6 +94,8 @@ def failure(child):
     if code < 0:
         return (f"killed by {signal.Signals(-code).name} (was there enough memory? try fewer "
                 f"--jobs or smaller --micro-rows); see {child.log}")
+    if not child.log.exists():
+        return f"{child.log} was deleted"
     last = child.log.read_text("utf-8", "replace").strip().splitlines()[-1:]
     return f"{''.join(last)} (see {child.log})"
 
@@ -101,11 +103,12 @@ def failure(child):
 def share_done(run):
     """Of a run, by the steps in its log so far."""
     path = run.folder / "log.jsonl"
-    if not path.exists():
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2000))
+            lines = file.read().decode("utf-8", "replace").splitlines()[:-1]  # it may be partial
+    except FileNotFoundError:
         return 0
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 2000))
-        lines = file.read().decode("utf-8", "replace").splitlines()[:-1]  # the last may be partial
     return (json.loads(lines[-1])["step"] + 2) / run.steps if len(lines) > 1 else 0
 
 
@@ -149,7 +152,7 @@ def main(argv=None):
         return be_child(words)
     jobs = parse_grid(words)
     part, _, parts = args.part.partition("/")
-    check(part.isdigit() and parts.isdigit() and 0 < int(part) <= int(parts),
+    check(part.isdecimal() and parts.isdecimal() and 0 < int(part) <= int(parts),
           f"--part {args.part}: need I/N, as 2/4 for the second of four machines")
     check(args.jobs >= 0, f"--jobs {args.jobs}: need 0 or more")
     jobs = jobs[int(part) - 1::int(parts)]
