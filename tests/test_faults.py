@@ -1,9 +1,15 @@
 """What an attack found, and what must happen instead: nothing is lost, and one line says what is
 wrong.   python -m pytest tests/test_faults.py"""
 import json
+import math
+import multiprocessing
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +123,94 @@ def test_any_folder_and_any_terminal(tmp_path):
                               capture_output=True)
         assert done.returncode == 0, done.stderr
     assert len(train.finished(out)) == 2
+
+
+# -- killed at any step ----------------------------------------------------------------------------
+
+
+def killed_at(points, argv, log):
+    """Trains, kills at each of these steps, and lets the same command finish. (A fork server
+    has imported torch already, so that a life costs little more than its training.)"""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["torch._dynamo", "train"])
+    for point in [*points, math.inf]:
+        life = processes.Process(target=train.main, args=(argv,))
+        life.start()
+        while life.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") > point):
+            time.sleep(0.001)
+        life.kill()
+        life.join()
+        assert life.exitcode == (0 if point == math.inf else -signal.SIGKILL)
+
+
+def test_killed_at_twenty_steps_and_the_same_log_result_and_weights(tmp_path):
+    """FUZZ=10 in the environment kills 200 times."""
+    kills = 20 * int(os.environ.get("FUZZ", 1))
+    flags = [*TINY, "--tokens", f"{2 * kills}K", "--tokens-per-step", "128", "--save-every", "7"]
+    whole = start(tmp_path / "whole", *flags)
+    log = tmp_path / "killed" / whole.name / "log.jsonl"
+    points = sorted(random.Random(0).sample(range(10 * kills), kills))  # of 15 * kills steps
+    killed_at(points, [*flags, "--out", str(tmp_path / "killed")], log)
+    assert log.read_bytes() == (whole / "log.jsonl").read_bytes()
+    ours, theirs = (torch.load(path / "ckpt.pt", weights_only=True) for path in (log.parent, whole))
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+    rows = [train.finished(folder)[whole.name] for folder in (whole.parent, log.parent.parent)]
+    timed = ("tok_per_s", "wall_s", "peak_mem_mb")
+    assert len({str({k: v for k, v in row.items() if k not in timed}) for row in rows}) == 1
+    assert len((tmp_path / "killed" / "results.jsonl").read_text("utf-8").splitlines()) == 1
+
+
+# -- what happens around a run ---------------------------------------------------------------------
+
+
+def test_a_folder_that_is_deleted_while_it_trains(tmp_path, monkeypatch):
+    """At the next line of its log; the same command trains it from its start."""
+    whole = start(tmp_path / "whole")
+    measure = train.Trainer.measure
+
+    def delete(trainer, *args):
+        if trainer.step == 5:
+            shutil.rmtree(trainer.run.folder)
+        return measure(trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "measure", delete)
+        assert "goes on" in one_line(SystemExit, start, tmp_path / "out")
+    again = start(tmp_path / "out")
+    assert (again / "log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
+
+
+def test_a_study_that_is_deleted_under_a_sweep(tmp_path):
+    """The sweep ends with a line for its run, not with an error of its own."""
+    command = [sys.executable, "-m", "tools.sweep", *TINY, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([*command, "--tokens", "2M"], cwd=ROOT, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not list(tmp_path.glob("out/*/log.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    (tmp_path / "out").rename(tmp_path / "gone")
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "1 of 1 runs" in errors and "Traceback" not in errors
+
+
+def test_a_clock_that_was_set_back(tmp_path, capsys):
+    """Files from the future: nothing is trained or packed again, and a run goes on."""
+    packed(tmp_path / "data", jsonl(tmp_path / "a.jsonl", *TEXTS))
+    flags = ["--data", str(tmp_path / "data"), "--mixture", "0-0-100"]
+    folder = start(tmp_path / "out", *flags)
+    before = (folder / "log.jsonl").read_bytes()
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            os.utime(path, (2**32, 2**32))
+    for _ in range(2):  # the first packs the file again, because it has changed
+        packed(tmp_path / "data", str(tmp_path / "a.jsonl"))
+    assert "1 of them packed before" in capsys.readouterr().out
+    start(tmp_path / "out", *flags)
+    assert "finished before" in capsys.readouterr().out
+    (tmp_path / "out" / "results.jsonl").unlink()
+    start(tmp_path / "out", *flags)
+    assert (folder / "log.jsonl").read_bytes() == before
+    assert len(train.finished(tmp_path / "out")) == 1
 
 
 # -- flags -----------------------------------------------------------------------------------------
