@@ -16,7 +16,9 @@ import pytest
 import torch
 
 import train
+from data import Shards
 from helpers import one_line
+from tools import curves, table
 from tools import pack as pack_file
 from tools.pack import make_document, pack, read_source
 
@@ -90,6 +92,16 @@ def test_lines_that_are_no_results_do_not_stop_a_study(tmp_path, capsys):
     start(tmp_path)
     said = capsys.readouterr().out
     assert "line 1, 2, 3, 4" in said and "finished before" in said
+
+
+def test_tools_read_what_is_left_of_a_study(tmp_path, capsys):
+    folder = start(tmp_path, "--eval-every", "5")
+    for path in (tmp_path / "results.jsonl", folder / "log.jsonl"):
+        path.write_bytes(b"123\n" + path.read_bytes() + b'{"step": 10, "val_loss": \xff')
+    table.main([str(tmp_path)])
+    assert capsys.readouterr().out.count("| 1 |") == 1
+    (tokens, lines), = curves.read(tmp_path).values()
+    assert tokens == [2560, 5120] and len(lines) == 2
 
 
 def test_two_processes_do_not_train_one_run(tmp_path):
@@ -223,6 +235,17 @@ def test_numbers_that_mean_something_else_are_refused(flags):
     assert flag in one_line(SystemExit, train.parse_runs, [flag, value])
 
 
+def test_an_encoder_is_not_taken_from_early_fusion(tmp_path):
+    early = str(start(tmp_path / "early"))
+    flags = ["--fusion", "late", "--init-vision", early]
+    assert f"--init-vision {early}" in one_line(SystemExit, start, tmp_path / "late", *flags)
+
+
+def test_tokens_that_are_no_whole_steps_are_named(tmp_path, capsys):
+    start(tmp_path, "--tokens", "700")
+    assert "--tokens 700 was rounded" in capsys.readouterr().out
+
+
 # -- packing ---------------------------------------------------------------------------------------
 
 
@@ -284,6 +307,18 @@ def test_every_damaged_file_is_named(tmp_path):
         (tmp_path / "in" / f"{name}.jsonl.gz").write_bytes(b"no gzip")
     meta = packed(tmp_path / "out", str(tmp_path / "in"))
     assert all(any(name in reason for reason in meta["skipped"]) for name in ("bad1", "bad2"))
+
+
+def test_a_file_whose_name_is_no_utf8_is_packed_and_named(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("{broken\n" + json.dumps(TEXTS[0]))
+    done = subprocess.run([sys.executable, "-m", "tools.pack", "--text", path, "--out",
+                           str(tmp_path / "out"), "--val-fraction", "0"], cwd=ROOT, check=True,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+                          capture_output=True, text=True)
+    assert "1 docs" in done.stdout and "caf\\udce9.jsonl: 1" in done.stdout
+    assert len(Shards(tmp_path / "out").docs["text"]) == 1
 
 
 def test_files_without_records_say_so(tmp_path):
@@ -350,6 +385,15 @@ def test_a_link_is_not_followed_out_of_the_folder(tmp_path):
         record = {"texts": ["t", None], "images": [None, name]}
         parts = parts_of(jsonl(tmp_path / "in" / "a.jsonl", record), "interleaved")
         assert parts[1] == found, name
+
+
+@pytest.mark.parametrize("said, reason", [
+    ([("human", "<image> what?"), ("gpt", "this")], "missing image"),
+    ([("gpt", "this"), ("human", "what?")], "turns are not human")])
+def test_conversations_that_are_none_are_skipped(tmp_path, said, reason):
+    turns = [{"from": who, "value": text} for who, text in said]
+    part, = parts_of(jsonl(tmp_path / "a.jsonl", {"conversations": turns}), "conversation")
+    assert isinstance(part, pack_file.Skip) and part.startswith(reason)
 
 
 def test_a_missing_field_is_named(tmp_path):

@@ -99,7 +99,7 @@ def test_a_child_that_is_killed_is_named_and_the_others_go_on(tmp_path):
 @pytest.mark.parametrize("flags,words", [
     (["--width", "16,33"], "width 33"), (["--widht", "16,32"], "--width"),
     (["--part", "3/2"], "--part 3/2"), (["16"], "16"), (["--jobs", "-1"], "--jobs -1"),
-    (["--part", "2/2"], "--part 2/2")])
+    (["--part", "2/2"], "--part 2/2"), (["--part", "²/2"], "--part")])
 def test_mistakes_end_in_one_clear_line_before_anything_is_trained(tmp_path, flags, words):
     with pytest.raises(SystemExit, match=words) as error:
         sweep.main([*flags, *TINY, "--out", str(tmp_path)])
