@@ -157,7 +157,7 @@ def killed_at(points, argv, log):
 
 def test_killed_at_twenty_steps_and_the_same_log_result_and_weights(tmp_path):
     """FUZZ=10 in the environment kills 200 times."""
-    kills = 20 * int(os.environ.get("FUZZ", 1))
+    kills = 20 * int(os.environ.get("FUZZ", "1"))
     flags = [*TINY, "--tokens", f"{2 * kills}K", "--tokens-per-step", "128", "--save-every", "7"]
     whole = start(tmp_path / "whole", *flags)
     log = tmp_path / "killed" / whole.name / "log.jsonl"

@@ -3,6 +3,7 @@
 The same examples each time. FUZZ=50 in the environment draws 50 times as many, and new ones."""
 import gzip
 import io
+import itertools
 import json
 import os
 import tempfile
@@ -24,9 +25,8 @@ from model import attention_mask
 from test_data import ToyShards
 from test_pack import llava, obelics, picture, write_tar, zstd
 from tools.pack import make_document, pack, read_source
-import itertools
 
-TIMES = int(os.environ.get("FUZZ", 1))
+TIMES = int(os.environ.get("FUZZ", "1"))
 EOT, P = 10**6, 4  # patches of an image
 
 
