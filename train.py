@@ -47,12 +47,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DataConfig, Loader, check, patchify, vocab_size
-from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, on_meta, read_checkpoint,
+from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_checkpoint,
                    read_weights, split_heads, training_memory)
 
 # Fields that say how or where a run is computed, not what: they are no part of its identity.
 HOW = ("out", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device", "compile",
-       "attention", "experts_by", "shard", "workers", "checkpointing", "dry_run", "gpus")
+       "attention", "experts_by", "shard", "workers", "checkpointing")
 SIZES = {**PRESETS, "laptop": dict(width=64, depth=4, context=128, image_size=32, patch_size=8,
                                    tokens_per_step=512)}
 # Published dense bf16 FLOP/s and memory in bytes, to tell MFU and to plan.
@@ -86,8 +86,6 @@ class TrainConfig:
     attention: str = "auto"  # auto = FlexAttention where blocks are compiled on CUDA; dense
     experts_by: str = "auto"  # auto = all in one kernel where torch has a fast one; loop
     shard: bool = False  # FSDP2: weights and optimizer divided over the ranks, for large models
-    dry_run: bool = False  # only say what the run would take: hours, memory, disk, data, price
-    gpus: str = ""  # of the dry run, as 8xh100x0.4x2.5: number, card, MFU, dollars an hour of one
 
     def __post_init__(self):
         check(self.preset in SIZES, f"--preset {self.preset}: need one of {', '.join(SIZES)}")
@@ -826,30 +824,6 @@ def forward_and_backward(trainer, batches):
     return machine.sum(totals)
 
 
-# ---- Before a run: what it would take ---------------------------------------------------------
-
-@dataclass(frozen=True)
-class Cards:
-    """GPUs to plan for, which need not be here."""
-    ranks: int
-    name: str
-    peak: float  # FLOP/s
-    memory: float  # bytes
-    mfu: float
-    price: float  # dollars for an hour of one
-
-
-def cards_of(text):
-    """"8xh100x0.4x2.5" -> Cards. The MFU is 0.4 where none is given, and the price 0."""
-    found = re.fullmatch(rf"(\d+)X({'|'.join(CARDS)})(?:X(\d*\.?\d+))?(?:X(\d*\.?\d+))?",
-                         text.upper())
-    number, name, mfu, price = found.groups() if found else (0, "H100", None, None)
-    cards = Cards(int(number), name, *CARDS[name], float(mfu or 0.4), float(price or 0))
-    check(cards.ranks and 0 < cards.mfu <= 1, f"--gpus {text}: need number, card "
-          f"({', '.join(CARDS)}), MFU (a share) and dollars an hour, as 8xh100x0.4x2.5")
-    return cards
-
-
 def notes(run, loader):
     """What is legal, but perhaps not meant (list of str)."""
     cfg, model, stored = run.train, run.model, loader.source.stored_size
@@ -870,62 +844,6 @@ def notes(run, loader):
         f"other code has trained this before, so this is another run, in {run.folder}":
             run.name.endswith(code_version())}
     return [note for note, holds in told.items() if holds]
-
-
-# What a sample of the paper's data holds, in text tokens and images: captions by the ratios of its
-# Table 3, OBELICS has 115B tokens and 353M images in 141M documents, DCLM 4T tokens in 3B.
-SAMPLES = {"caption": ("DFN or COYO", 77, 1), "interleaved": ("OBELICS", 815, 2.5),
-           "text": ("DCLM", 1330, 0)}
-
-
-def plan(run, machine):
-    """Lines that say what a run would take. Nothing is trained, but without --gpus some micro-steps
-    are timed on this machine."""
-    cfg, shape, D = run.train, run.model, run.steps * run.train.tokens_per_step
-    loader = Loader(run.data, cfg.seed, shape.context, shape.image_size, shape.patch_size)
-    rows = [loader[g] for g in range(100)]  # which have the shares of the mixture exactly
-    seen = 100 * shape.context
-    patches = sum(int((row.patch >= 0).sum()) for row in rows) / seen
-    model, place = on_meta(shape), cards_of(cfg.gpus) if cfg.gpus else machine
-    n, C, (micro_rows, times) = (model.num_params(), model.flops(D, patches * D),
-                                 divide_step(run, place))
-    yield (f"{run.name}: N {n['N']:,}, D {D:,}, C {C:.3g} FLOPs, padding "
-           f"{1 - sum(row.used for row in rows) / seen:.1%}, {run.steps:,} steps of {micro_rows} "
-           f"rows x {times} micro-steps x {place.ranks} ranks")
-    if cfg.gpus:
-        seconds, price = C / place.ranks / place.peak / place.mfu, place.price * place.ranks / 3600
-        told = f"{place.ranks} {place.name} at MFU {place.mfu:g}, {price * seconds:,.0f} dollars"
-    else:
-        seconds, told = measured_seconds(run, machine), f"{machine.name}, as measured just now"
-    yield f"time: {timedelta(seconds=round(seconds))} on {told}"
-    if place.memory:
-        fixed, row = training_memory(shape, place.ranks, cfg.shard)
-        yield f"memory: {(fixed + row * micro_rows) / 1e9:.1f} GB of {place.memory / 1e9:.0f}"
-    yield f"disk: {24 * n['N_total'] / 1e9:.2f} GB for ckpt.pt and trunk.pt"
-    for kind, share in loader.shares.items():
-        times = loader.epochs(D / shape.context)[kind]
-        line = f"{kind}: {share} % of the rows, {D * share / 100:,.0f} tokens"
-        if times:
-            line += f", {times:.2f} epochs of {run.data.data}"
-        elif kind in SAMPLES and cfg.preset in PRESETS:
-            name, words, images = SAMPLES[kind]
-            samples = D * share / 100 / (words + images * shape.n_patches)
-            size = samples * (4 * words + images * 3 * (shape.image_size * 8 / 7) ** 2)
-            line += f"; of {name}: {samples:,.0f} samples, {size / 1e9:,.1f} GB packed"
-        yield line
-    yield from (f"note: {note}" for note in notes(run, loader))
-
-
-def measured_seconds(run, machine):
-    """Of a whole run: its micro-steps times the median of three. In the first, which is not among
-    them, torch allocates and compiles."""
-    trainer, ends = Trainer(run, machine), []
-    micro_steps, trainer.accumulation = run.steps * trainer.accumulation, 1
-    batches = trainer.loader.train_batches(0, 4 * machine.ranks, trainer.rows, trainer.rows)
-    for _ in range(4):
-        forward_and_backward(trainer, batches)[0].item()
-        ends.append(time.perf_counter())
-    return micro_steps * float(np.median(np.diff(ends)))
 
 
 def compile_blocks(model):
@@ -1056,12 +974,13 @@ def train_one(run, machine):
 
 def main(argv):
     """Trains what is not finished, the shortest run first, because longer ones need its trunk."""
+    if "--dry-run" in argv:  # a tool answers, because it trains nothing
+        words = [word for word in argv if word != "--dry-run"]
+        tool = [sys.executable, str(Path(__file__).with_name("tools") / "plan.py"), *words]
+        home = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        sys.exit(subprocess.run(tool, env=home).returncode)
     runs = parse_runs(argv)
     machine = Machine.start(runs[0].train.device)
-    if runs[0].train.dry_run:
-        for line in itertools.chain(*(plan(run, machine) for run in runs)):
-            machine.say(line)
-        return
     done = finished(runs[0].train.out, tell=machine.rank == 0)
     for run in runs:
         row = machine.share(done.get(run.name))  # or ranks could disagree

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import train
 from data import encode, expand, get_tokenizer
-from tools import curves, score, table
+from tools import curves, plan, score, sizes, table
 from world import QUESTIONS
 
 ENCODING = get_tokenizer()
@@ -326,3 +327,41 @@ def test_a_board_needs_a_run(tmp_path):
     from tools import board
     with pytest.raises(SystemExit, match="no run"):
         board.main([str(tmp_path)])
+
+
+# -- plan ------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_a_run_takes_and_trains_nothing(tmp_path):
+    """From any folder."""
+    command = [sys.executable, str(ROOT / "train.py"), "--dry-run", "--width", "16", "--tokens", "1M"]
+    said = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert "1,953 steps" in said and "time: 0:0" in said and "padding: 0" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_for_gpus_that_are_not_here(capsys):
+    """8 H100 at MFU 0.5 and 3 dollars: 6 N D FLOPs decide hours and price."""
+    flags = ["--preset", "932m", "--tokens", "10B"]
+    plan.main([*flags, "--gpus", "8xh100x0.5x3"])
+    said = capsys.readouterr().out
+    hours = 6 * 931_676_160 * 10e9 / (8 * 989e12 * 0.5) / 3600
+    assert f"time: {str(timedelta(hours=hours))[:4]}" in said
+    assert f"{hours * 8 * 3:.0f} dollars" in said
+    assert "of 80" in said and "OBELICS" in said and "DCLM" in said
+    with pytest.raises(SystemExit, match="checkpointing|shard"):
+        plan.main(["--preset", "8.13b", "--tokens", "10B", "--gpus", "1xa100"])
+
+
+@pytest.mark.parametrize("gpus", ["8xh100x4", "0xh100", "8xtpu", "8", "8xh100x0.4x-1", "xxxxxx",
+                                  "8xh100xnan", ""])
+def test_gpus_that_mean_nothing(gpus):
+    with pytest.raises(SystemExit, match="h100"):
+        plan.cards_of(gpus)
+
+
+@pytest.mark.parametrize("budget", ["", "0", "nan", "24hx8xh100x4", "24hx", "1e20,,"])
+def test_budgets_that_mean_nothing(budget):
+    with pytest.raises(SystemExit, match="h100"):
+        sizes.in_flops(budget)
+    assert sizes.in_flops("1e20,2hx8xh100x0.5") == [1e20, 2 * 3600 * 8 * 989e12 * 0.5]

@@ -16,8 +16,9 @@ from dataclasses import replace
 from data import Loader, check
 from model import PRESETS, ModelConfig, on_meta, training_memory
 from tools import end_with_the_pipe
+from tools.plan import cards_of
 from tools.sweep import parse_grid
-from train import SIZES, Parser, cards_of
+from train import SIZES, Parser
 
 IMAGE_SHARE = 0.544  # of the tokens of the paper's 45-45-10 mixture (D_v / D, App. C.2)
 

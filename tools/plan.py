@@ -1,0 +1,120 @@
+"""What a run would take: time, memory, disk, data and price. It trains nothing.
+
+    python train.py --dry-run --preset 275m                     on this machine, timed here
+    python train.py --dry-run --preset 932m --tokens 100B --gpus 8xh100x0.4x2.5
+
+--gpus names the number of GPUs, the card, the MFU (0.4 where none is given) and the dollars for an
+hour of one. All other flags are train.py's.
+"""
+import os
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import numpy as np
+
+import train
+from data import Loader, check
+from model import PRESETS, on_meta, training_memory
+
+# What a sample of the paper's data holds, in text tokens and images: captions by the ratios of its
+# Table 3, OBELICS has 115B tokens and 353M images in 141M documents, DCLM 4T tokens in 3B.
+SAMPLES = {"caption": ("DFN or COYO", 77, 1), "interleaved": ("OBELICS", 815, 2.5),
+           "text": ("DCLM", 1330, 0)}
+
+
+@dataclass(frozen=True)
+class Cards:
+    """GPUs to plan for, which need not be here."""
+    ranks: int
+    name: str
+    peak: float  # FLOP/s
+    memory: float  # bytes
+    mfu: float
+    price: float  # dollars for an hour of one
+
+
+def cards_of(text):
+    """"8xh100x0.4x2.5" -> Cards."""
+    number, name, mfu, price = [*text.split("x"), "0.4", "0"][:4] if "x" in text else ("", "", "", "")
+    try:
+        cards = Cards(int(number), name, *train.CARDS[name.upper()], float(mfu), float(price))
+        good = cards.ranks > 0 and 0 < cards.mfu <= 1 and 0 <= cards.price < float("inf")
+    except (ValueError, LookupError):
+        good = False
+    check(good, f"{text}: need number, card ({', '.join(train.CARDS)}), MFU (a share) and dollars "
+          "for an hour, as 8xh100x0.4x2.5")
+    return cards
+
+
+def plan(run, place, machine):
+    """Lines for a person. place: Cards, or the machine itself, whose speed is then measured."""
+    cfg, shape, D = run.train, run.model, run.steps * run.train.tokens_per_step
+    loader = Loader(run.data, cfg.seed, shape.context, shape.image_size, shape.patch_size)
+    rows = [loader[g] for g in range(100)]  # which have the shares of the mixture exactly
+    used, patches = (sum(numbers) / (100 * shape.context) for numbers in (
+        [row.used for row in rows], [int((row.patch >= 0).sum()) for row in rows]))
+    model, (micro_rows, times) = on_meta(shape), train.divide_step(run, place)
+    n, C = model.num_params(), model.flops(D, patches * D)
+    yield (f"{run.name}: N {n['N']:,}, D {D:,}, C {C:.3g} FLOPs, {run.steps:,} steps of "
+           f"{micro_rows} rows x {times} micro-steps x {place.ranks} ranks")
+    if place is machine:
+        seconds, told = measured_seconds(run, machine), f"{machine.name}, as measured just now"
+    else:
+        seconds = C / place.ranks / place.peak / place.mfu
+        price = seconds / 3600 * place.ranks * place.price
+        told = f"{place.ranks} {place.name} at MFU {place.mfu:g}, {price:,.0f} dollars"
+    yield f"time: {timedelta(seconds=round(seconds))} on {told}"
+    if place.memory:
+        fixed, row = training_memory(shape, place.ranks, cfg.shard)
+        yield f"memory: {(fixed + row * micro_rows) / 1e9:.1f} GB of {place.memory / 1e9:.0f}"
+    yield f"disk: {24 * n['N_total'] / 1e9:.2f} GB for ckpt.pt and trunk.pt"
+    yield f"padding: {1 - used:.1%} of the positions, of {run.data.data} data"
+    yield from (line_of(kind, share, run, loader) for kind, share in loader.shares.items())
+    yield from (f"note: {note}" for note in train.notes(run, loader))
+
+
+def line_of(kind, share, run, loader):
+    """What a run needs of one kind of documents."""
+    shape, rows = run.model, run.steps * run.train.tokens_per_step // run.model.context
+    tokens, epochs = rows * shape.context * share / 100, loader.epochs(rows)[kind]
+    line = f"{kind}: {share} % of the rows, {tokens:,.0f} tokens"
+    if epochs:  # of the procedural world, 0
+        return f"{line}, {epochs:.2f} epochs of {run.data.data}"
+    if kind not in SAMPLES or run.train.preset not in PRESETS:
+        return line
+    name, words, images = SAMPLES[kind]
+    samples = tokens / (words + images * shape.n_patches)
+    size = samples * (4 * words + images * 3 * (shape.image_size * 8 / 7) ** 2)
+    return f"{line}; of {name}: {samples:,.0f} samples, {size / 1e9:,.1f} GB packed"
+
+
+def measured_seconds(run, machine):
+    """Of a whole run: its micro-steps times the median of three. In the first, which is not among
+    them, torch allocates and compiles."""
+    trainer, ends = train.Trainer(run, replace(machine, ranks=1)), []
+    micro_steps = run.steps * train.divide_step(run, machine)[1]
+    trainer.accumulation, rows = 1, trainer.rows
+    batches = trainer.loader.train_batches(0, 4, rows, rows)
+    for _ in range(4):
+        train.forward_and_backward(trainer, batches)[0].item()
+        ends.append(time.perf_counter())
+    return micro_steps * float(np.median(np.diff(ends)))
+
+
+def main(argv=None):
+    parser = train.Parser(prog="python -m tools.plan", description=__doc__)
+    parser.add_argument("--gpus", type=cards_of, metavar="8xh100x0.4x2.5")
+    args, words = parser.parse_known_args(argv)
+    runs = train.parse_runs(words)
+    if os.environ.pop("RANK", "0") != "0":  # of torchrun: one rank tells, for all of them
+        return
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    machine = replace(train.Machine.start(runs[0].train.device), ranks=ranks)
+    for run in runs:
+        for line in plan(run, args.gpus or machine, machine):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
