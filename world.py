@@ -79,8 +79,7 @@ class Writer:
 
 
 class World:
-    """A world of THINGS, each with a name, a sprite and facts. It is ours: the paper's data come
-    from the web.
+    """A world of THINGS, each with a name, a sprite and facts.
 
     Things are met with Zipfian frequency, so that there is always a rarer name, sprite or fact left
     to learn. That is what makes the loss fall as a power law in both N and D rather than drop to
@@ -95,8 +94,11 @@ class World:
             raise SystemExit(f"--image-size {image_size}: the procedural world needs a multiple of "
                              f"{GRID}, at least {8 * GRID}")
         rng = np.random.default_rng(2504_07951)
-        words = make_words(rng, self.THINGS + self.VALUES)
-        self.values, self.names = words[:self.VALUES], words[self.VALUES:]
+        syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+        words = {}  # of two syllables, each once
+        while len(words) < self.THINGS + self.VALUES:
+            words["".join(rng.choice(syllables, 2))] = None
+        self.values, self.names = [*words][:self.VALUES], [*words][self.VALUES:]
         self.facts = rng.integers(self.VALUES, size=(self.THINGS, len(VERBS)))
         sprites = rng.random((self.THINGS, 8, 8)) < 0.5  # ~32 bits apart: noise can't confuse two
         self.cell = image_size // GRID
@@ -112,9 +114,8 @@ class World:
         self.backgrounds = (grey + noise).astype(np.uint8)             # (64, S, S, 3)
 
     def document(self, kind, rng, split="train"):
-        """A document of a kind (caption, interleaved, text, conversation or one of QUESTIONS) ->
-        parts, a list of texts and uint8 (S, S, 3) images, and costs, a list of nats: what each part
-        reveals, and last what it cost to stop. rng: a random.Random, the only source of chance."""
+        """A document of one of KINDS or QUESTIONS -> parts, a list of texts and uint8 (S, S, 3)
+        images, and costs, a list of nats: what each part reveals, and last what it cost to stop."""
         writer = Writer(rng)
         getattr(self, kind)(writer, split)
         return writer.parts, [*writer.costs, writer.pending]
@@ -229,15 +230,12 @@ class World:
             act = w.choose([0.1, 0.65, 0.25])
             if act == 0:
                 return
-            if act == 1:
-                w.say(" it")
-                continue
-            known = int(self.friend[thing])
-            other = known if w.rng.random() < 0.5 else self.thing(w.rng)
-            w.charge(0.5 * (other == known) + 0.5 * self.p[other])  # both ways lead to a friend
-            w.say(f" it met the {self.names[other]}")
-            w.say(". it")
-            thing = other
+            if act == 2:
+                known = int(self.friend[thing])
+                thing = known if w.rng.random() < 0.5 else self.thing(w.rng)
+                w.charge(0.5 * (thing == known) + 0.5 * self.p[thing])  # both lead to a friend
+                w.say(f" it met the {self.names[thing]}")
+            w.say(". it" if act == 2 else " it")
         self.say_fact(w, thing)
 
     # -- questions about pictures ----------------------------------------------------------------
@@ -278,15 +276,6 @@ class World:
             before = self.scene(w.rng, split)  # both anew, because so all acts stay as likely
             after, _, deed = self.any_change(dict(before), w.rng)
         self.ask(w, [before, after], "what changed?", f"one {deed}")
-
-
-def make_words(rng, n):
-    """n distinct pseudo-words of two syllables."""
-    syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-    words = {}
-    while len(words) < n:
-        words["".join(rng.choice(syllables, 2))] = None
-    return list(words)
 
 
 def belongs(content, split):
