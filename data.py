@@ -72,8 +72,7 @@ def get_tokenizer(name="bytes"):
     name, or of the path of a .tiktoken file. (tiktoken's own reader keeps a copy by the path's
     name, and would not see that a tokenizer was trained again.)
 
-    Encode data with `encode_ordinary`, because "<|endoftext|>" inside data is text, not control.
-    The end-of-text id is `.eot_token`. SystemExit: unknown name, no network, damaged file."""
+    Encode data with `encode_ordinary`, because "<|endoftext|>" inside data is text, not control."""
     path = Path(name)
     try:
         if name == "bytes":  # the pattern only cuts into pieces, for speed: nothing is merged
@@ -178,8 +177,8 @@ class Row:
         self.used = self.n_docs = 0
         self.tokens = np.zeros(context, np.int64)
         self.doc = np.zeros(context, np.int64)
-        self.patch = np.full(context, -1)
-        self.target = np.full(context, -1)
+        self.patch = np.full(context, -1, np.int64)
+        self.target = np.full(context, -1, np.int64)
         self.nll, self.images = np.zeros(context, np.float32), []
 
     def add(self, document, whole=False):
@@ -196,7 +195,7 @@ class Row:
         self.tokens[piece] = ids[:n]
         self.target[piece] = target[:n]
         shift = len(self.images) * self.n_patches
-        self.patch[piece] = np.where(patch[:n] >= 0, patch[:n] + shift, -1)
+        self.patch[piece] = patch[:n] + shift * (patch[:n] >= 0)
         self.images += document.images[:(patch[:n].max() + 1) // self.n_patches]
         self.n_docs += 1
         self.doc[piece] = self.n_docs
@@ -221,18 +220,16 @@ def collate(rows, patch_size):
     parameter gets a gradient even in a batch without images (DDP waits for all of them).
     target_index int64 (K,): the flat positions with a target, so that no GPU has to stop and count
     them. nll float32 (K,): the generator's own surprise there, 0 for real data."""
-    images, patch_index = [], []
-    for row in rows:
-        shift = len(images) * row.n_patches
-        patch_index.append(np.where(row.patch >= 0, row.patch + shift, -1))
-        images += [patchify(image, patch_size) for image in row.images]
+    images = [patchify(image, patch_size) for row in rows for image in row.images]
+    patch = np.stack([row.patch for row in rows])
+    patch[patch >= 0] = np.arange((patch >= 0).sum())  # images are whole, and in order
     if not images:
         images = [np.zeros((rows[0].n_patches, 3 * patch_size**2), np.uint8)]
     targets = np.stack([row.target for row in rows])
     index = np.flatnonzero(targets >= 0)
     arrays = {
         "tokens": np.stack([row.tokens for row in rows]), "targets": targets,
-        "doc": np.stack([row.doc for row in rows]), "patch_index": np.stack(patch_index),
+        "doc": np.stack([row.doc for row in rows]), "patch_index": patch,
         "images": np.stack(images), "target_index": index,
         "nll": np.stack([row.nll for row in rows]).reshape(-1)[index],
     }
@@ -247,10 +244,9 @@ def collate(rows, patch_size):
 class Procedural:
     """Rows of the procedural world. There is no end to them, so no epoch is ever repeated."""
 
-    tokenizer, contents, knows_floor = "bytes", 0, True
-
     def __init__(self, cfg, seed, context, image_size, n_patches):
         self.cfg, self.seed = cfg, seed
+        self.tokenizer, self.contents, self.knows_floor = "bytes", 0, True
         self.world, self.encoding, self.stored_size = World(image_size), get_tokenizer(), image_size
         self.validated_as = {"conversation": QUESTIONS}  # a loss for each kind of question
         self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
@@ -402,8 +398,8 @@ def next_fit(sizes, context):
 def read_meta(root):
     """What data.json in a packed folder says, its tokenizer as get_tokenizer wants it."""
     path = Path(root) / "data.json"
-    check(path.is_file(), f"{path} does not exist: make it with `python -m tools.pack ... --out "
-          f"{root}`")
+    check(path.is_file(),
+          f"{path} does not exist: make it with `python -m tools.pack ... --out {root}`")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         meta["splits"], meta["vocab_size"] + 1, meta["image_size"] + 1  # or it is damaged
@@ -411,19 +407,18 @@ def read_meta(root):
             meta["tokenizer"] = str(Path(root) / meta["tokenizer"])
         return meta
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise SystemExit(f"{path} is damaged: the same pack command writes it again") from None
+        raise SystemExit(f"{path} is damaged: run the same `tools.pack` again") from None
 
 
 class Shards:
-    """One split of a packed folder: holds its tables of documents and reads the rest when asked.
-
-    SystemExit: no data.json in `root`, no such split in it, a shard's file is missing or cut."""
+    """One split of a packed folder: holds its tables of documents and reads the rest when asked."""
 
     def __init__(self, root, split="train"):
         root, self.meta = Path(root), read_meta(root)
         check(split in self.meta["splits"], f"{root} has no split {split!r}: add it with "
               f"`python -m tools.pack ... --split {split} --out {root}`")
-        kinds, self.encoding = self.meta["splits"][split], get_tokenizer(self.meta["tokenizer"])
+        kinds = self.meta["splits"][split]
+        self.encoding = get_tokenizer(self.meta["tokenizer"])
         self.kinds = tuple(kind for kind in KINDS if kind in kinds)
         self.files, self.docs = {}, {}
         for kind in self.kinds:
@@ -467,9 +462,8 @@ class Shards:
         """Document i, or its piece from token `start` to `stop` (see Plan), with images uint8
         (S, S, 3). Only what the piece needs is read, because a book fills many rows.
 
-        Plain: the centre square. augment: RandomResizedCrop, scale 0.4-1, ratio 3/4-4/3 (paper
-        4.2). flip: mirror with p = 0.5, unless the text speaks of left or right. Both draw from
-        `rng`, a numpy Generator, and from nothing else."""
+        Plain: the centre square. augment: a random crop. flip: mirror with p = 0.5, unless the
+        text speaks of left or right. Both draw from `rng`, a numpy Generator."""
         tokens, images = self.tokens(kind, i), []
         end = len(tokens) + 2  # with an end-of-text on both sides
         stop, skipped = stop or end, max(start - 1, 0)
@@ -495,8 +489,8 @@ def square(pixels, size, rng=None):
 
 
 def crop_box(h, w, rng=None):
-    """(top, left, height, width) of the centre square, or with rng of RandomResizedCrop: area
-    0.4-1 of the image, width / height 3/4-4/3 (log-uniform)."""
+    """(top, left, height, width) of the centre square, or with rng of RandomResizedCrop (paper
+    4.2): area 0.4-1 of the image, width / height 3/4-4/3 (log-uniform)."""
     for _ in range(10 if rng else 0):
         area = h * w * rng.uniform(0.4, 1.0)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -521,8 +515,7 @@ class Loader:
 
     Row g of the run depends on (seed, g) alone, and step s reads rows s * R .. s * R + R - 1, dealt
     out to ranks and micro-batches. So a run resumes at any step without any saved state, and the
-    global batch is the same for any number of ranks and any accumulation.
-    SystemExit: the data lack a kind of the mixture, or have nothing to validate on."""
+    global batch is the same for any number of ranks and any accumulation."""
 
     def __init__(self, cfg, seed, context, image_size, patch_size):
         self.cfg, self.seed, self.patch_size = cfg, seed, patch_size
@@ -563,9 +556,9 @@ class Loader:
     def kinds_of_block(self, block):
         """Every 100 rows hold the mixture's percentages exactly, in an order shuffled by the seed:
         no sampling noise in the shares."""
-        kinds = [kind for kind, share in self.shares.items() for _ in range(share)]
+        kinds = np.repeat([*self.shares], [*self.shares.values()])
         order = np.random.default_rng((self.seed, 1, block)).permutation(100)
-        return [kinds[i] for i in order]
+        return kinds[order].tolist()
 
     def __getitem__(self, g):
         """Training row g. (torch's DataLoader asks for it by this name.)"""

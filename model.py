@@ -23,8 +23,7 @@ from moe import MoE
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides the parameters. ValueError, one line, where the fields do not fit.
-    0 = choose for me. The rules are ours, because the paper gives none."""
+    """Everything that decides the parameters. 0 = choose for me, by rules of ours."""
     fusion: str = "early"  # early: raw patches, no encoder; late: a ViT before the decoder
     moe: str = "none"  # none; learned: a router; modality: one text and one image expert
     experts: int = 8  # experts of a learned MoE layer
@@ -168,9 +167,9 @@ def attend(q, k, v, mask):
     return flex_attention(q, k, v, block_mask=mask)
 
 
-def rope_table(length, head_dim, theta=10000.0):
-    """(T,Hd/2,2) float32: cos and sin of position * theta^(-2j/Hd)."""
-    rates = theta ** (-torch.arange(0, head_dim, 2) / head_dim)                  # (Hd/2,)
+def rope_table(length, head_dim):
+    """(T,Hd/2,2) float32: cos and sin of position * 10000^(-2j/Hd)."""
+    rates = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)                  # (Hd/2,)
     angles = torch.arange(length)[:, None] * rates                               # (T,Hd/2)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()             # (T,Hd/2,2)
 
@@ -190,6 +189,10 @@ def rotate(x, rope):
 # Weights are fp32, and cast to the dtype of what they meet: bf16 on CUDA, else fp32. Autocast would
 # keep the residual stream and the norms in fp32, which costs time and memory.
 class Linear(nn.Linear):
+    def __init__(self, fan_in, fan_out, layer=None):
+        super().__init__(fan_in, fan_out, bias=False)
+        init_weight(self.weight, fan_in, layer)
+
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -209,20 +212,14 @@ def init_weight(weight, fan_in, layer=None):
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
-def linear(fan_in, fan_out, layer=None):
-    module = Linear(fan_in, fan_out, bias=False)
-    init_weight(module.weight, fan_in, layer)
-    return module
-
-
 class Attention(nn.Module):
     # Fusing q, k and v (or gate and up) would copy their gradients, 7 to 9 % of a step on a CPU.
     def __init__(self, width, head_dim, layer):
         super().__init__()
         self.heads = (-1, head_dim)
-        self.q, self.k, self.v = (linear(width, width) for _ in range(3))
+        self.q, self.k, self.v = (Linear(width, width) for _ in range(3))
         self.q_norm, self.k_norm = Norm(width), Norm(width)
-        self.out = linear(width, width, layer)
+        self.out = Linear(width, width, layer)
 
     def forward(self, x, mask, rope, cache=None):
         """x (B,T,W) -> (B,T,W). cache: a list, at first empty, of this layer's keys and values."""
@@ -245,8 +242,8 @@ class SwiGLU(nn.Module):
     def __init__(self, width, hidden, layer):
         super().__init__()
         self.experts = self.top_k = 1  # a dense layer is one expert for every token
-        self.w_gate, self.w_up = linear(width, hidden), linear(width, hidden)
-        self.w_down = linear(hidden, width, layer)
+        self.w_gate, self.w_up = Linear(width, hidden), Linear(width, hidden)
+        self.w_down = Linear(hidden, width, layer)
 
     def forward(self, x, modality=None):  # modality and stats belong to MoE
         hidden = F.silu(self.w_gate(x)) * self.w_up(x)                           # (B,T,F)
@@ -289,13 +286,13 @@ class VisionEncoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         width = cfg.encoder_width
-        self.patch = linear(cfg.patch_dim, width)
+        self.patch = Linear(cfg.patch_dim, width)
         self.positions = nn.Parameter(torch.empty(cfg.n_patches, width))
         init_weight(self.positions, width)
         wide = replace(cfg, width=width, heads=0, moe="none", granularity=1)
         self.blocks = nn.ModuleList(Block(wide, layer) for layer in range(cfg.encoder_depth))
         self.norm = Norm(width)
-        self.connector = linear(width, cfg.width)
+        self.connector = Linear(width, cfg.width)
 
     def forward(self, patches):
         x = self.patch(patches) + self.positions.to(patches.dtype)               # (I,P,Wv)
@@ -320,11 +317,11 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.width)
         init_weight(self.embedding.weight, cfg.width)  # std 1/sqrt(W), as in open_lm
         late = cfg.fusion == "late"
-        self.vision = VisionEncoder(cfg) if late else linear(cfg.patch_dim, cfg.width)
+        self.vision = VisionEncoder(cfg) if late else Linear(cfg.patch_dim, cfg.width)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         self.norm = Norm(cfg.width)
         # only weights that are not tied to the embedding reproduce the paper's counts
-        self.head = linear(cfg.width, cfg.vocab_size)
+        self.head = Linear(cfg.width, cfg.vocab_size)
         # train.py sets both on CUDA: FlexAttention instead of a dense mask; activations in bf16
         self.flex, self.dtype = False, torch.float32
         self.register_buffer("rope", rope_table(cfg.context, cfg.head_dim), persistent=False)
@@ -371,7 +368,8 @@ class Model(nn.Module):
         """Next-token loss on text targets only (paper 2.1): logits exist only where needed."""
         x, stats = self.decode(batch)
         at = batch["target_index"]                                               # (K,)
-        x, targets = gather(x.flatten(0, 1), at), batch["targets"].flatten()[at]  # (K,W), (K,)
+        x = gather(x.flatten(0, 1), at)                                          # (K,W)
+        targets = batch["targets"].flatten()[at]                                 # (K,)
         loss, token_loss = head_loss(x, self.head.weight, targets)
         balance, counts = token_loss.new_zeros(()), None
         if self.cfg.moe != "none":
@@ -485,8 +483,7 @@ def generate(model, parts, max_new_tokens, temperature=0.0, top_k=0, seed=0, sto
     """Continues a prompt with a KV cache -> the new ids, which end before the id `stop`, or where
     the context ends. parts: lists of ids and images in any order, an image as uint8 (P,patch_dim).
     temperature 0 takes the likeliest token, otherwise one is drawn, of the top_k likeliest if it is
-    given. Ids from n_vocab on only pad the vocabulary and are never chosen. ValueError where the
-    prompt is empty or fills the row."""
+    given. Ids from n_vocab on only pad the vocabulary and are never chosen."""
     batch = prompt_batch(parts, model.cfg, model.rope.device)
     length, context = batch["tokens"].shape[1], model.cfg.context
     if not 0 < length < context:
@@ -540,8 +537,7 @@ def read_weights(source):
 
 
 def read_checkpoint(source, take):
-    """-> take(the checkpoint, a dict on the CPU). source: a run's directory or a .pt file.
-    SystemExit, one line, where there is no file or `take` does not find in it what it needs."""
+    """-> take(the checkpoint, a dict on the CPU). source: a run's directory or a .pt file."""
     path = Path(source)
     if path.is_dir():
         path /= "ckpt.pt"
@@ -566,18 +562,18 @@ def read_checkpoint(source, take):
 
 def adopt(model, weights, part, source):
     """Copies weights (name -> tensor) into a part of the model: "vision", the parameters that start
-    with "vision.", or "decoder", all others. SystemExit, one line, before anything is copied, where
-    a name or shape differs. The number of heads shows in no shape: take it from read_weights."""
-    def shapes(named):
-        return {name: tuple(tensor.shape) for name, tensor in named
+    with "vision.", or "decoder", all others. The program ends before anything is copied where a
+    name or shape differs. The number of heads shows in no shape: take it from read_weights."""
+    def shapes(tensors):
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()
                 if name.startswith("vision.") == (part == "vision")}
-    ours, theirs = shapes(model.state_dict().items()), shapes(weights.items())
+    ours, theirs = shapes(model.state_dict()), shapes(weights)
     for name in ours | theirs:
         need, have = (side.get(name, "missing") for side in (ours, theirs))
         remedy = ("give the --width, --depth, --moe, --patch-size, --vision-width and "
                   "--vision-depth of that run")
         if name == "embedding.weight" and need[0] != have[0]:
-            remedy = "pack the data with the tokenizer the weights were trained with"
+            remedy = "pack the data with the tokenizer of these weights"
         if need != have:
             raise SystemExit(f"{source}: {name} is {have} there, {need} in this model: {remedy}")
     model.load_state_dict({name: weights[name] for name in ours}, strict=False)
