@@ -366,14 +366,6 @@ def test_bad_paths_and_groups(tmp_path):
         run(folder, "--bootstrap", 0, "--out", folder / "results.jsonl")
 
 
-def test_tokens_follow_from_flops_where_a_table_has_none(tmp_path):
-    runs, alphas = planted(EARLY), []
-    for head, third in (("N,D,loss", runs.D), ("N,C,loss", 6 * runs.N * runs.D)):
-        path = write_csv(tmp_path / "t.csv", [runs.N, third, runs.L], head)
-        alphas.append(run(path, "--bootstrap", 0, "--out", tmp_path)["groups"][0]["alpha"])
-    assert alphas == pytest.approx([EARLY[3]] * 2, rel=1e-3)
-
-
 def test_script_helps_and_fails_with_one_line(tmp_path):
     help_, bad = (subprocess.run([sys.executable, Path(fl.__file__), word], cwd=tmp_path,
                                  capture_output=True, text=True, check=False)
