@@ -100,7 +100,8 @@ def test_tools_read_what_is_left_of_a_study(tmp_path, capsys):
         path.write_bytes(b"123\n" + path.read_bytes() + b'{"step": 10, "val_loss": \xff')
     table.main([str(tmp_path)])
     assert capsys.readouterr().out.count("| 1 |") == 1
-    ((tokens, lines),), _ = (lambda found, unit: (found.values(), unit))(*curves.read([tmp_path]))
+    found, _ = curves.read([tmp_path])
+    (tokens, lines), = found.values()
     assert tokens == [2560, 5120] and len(lines) == 2
 
 
