@@ -461,6 +461,7 @@ class Trainer:
         if not run.train.shard:  # which moves one block after the other
             self.model.to(machine.device)
         self.model.dtype = machine.dtype
+        self.flops = self.model.flops(1), self.model.flops(0, 1)  # of a token, more of a patch
         # auto: on a CPU, compiling gains 4 % of a step for 45 s of start-up (results/speed.md)
         self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
         if self.compiled:
@@ -541,7 +542,8 @@ class Trainer:
         found = {"seconds": round(stats["spent"], 3), "tok_per_s": round(rate, 1),
                  "padding": round(stats["padding"] / max(seen, 1), 4)}
         if self.machine.peak:
-            flops = self.model.flops(seen, stats["D_vision"]) / seen * rate
+            token, patch = self.flops
+            flops = (token + patch * stats["D_vision"] / seen) * rate
             found["mfu"] = round(flops / self.machine.ranks / self.machine.peak, 4)
         return found
 
@@ -977,7 +979,8 @@ def main(argv):
     if "--dry-run" in argv:  # a tool answers, because it trains nothing
         words = [word for word in argv if word != "--dry-run"]
         tool = [sys.executable, str(Path(__file__).with_name("tools") / "plan.py"), *words]
-        home = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+        home = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         sys.exit(subprocess.run(tool, env=home).returncode)
     runs = parse_runs(argv)
     machine = Machine.start(runs[0].train.device)

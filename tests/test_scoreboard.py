@@ -102,14 +102,6 @@ def test_the_readme_holds_what_the_tool_prints(capsys):
     assert capsys.readouterr().out in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_run_that_two_studies_share_is_in_both(capsys, tmp_path):
-    path, rows = tmp_path / "rows.jsonl", pairs((0.9, 1.0, 1.07))
-    rows += [row | {"study": "other"} for row in rows[:1]]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    table.main([str(path), "--where", "study=pairs", "--by", "fusion"])
-    assert capsys.readouterr().out.splitlines()[2].split(" | ")[1] == "3"
-
-
 def study_rows():
     return [json.loads(line) for line in Path(STUDY).read_text("utf-8").splitlines()]
 

@@ -2,28 +2,27 @@
 
     python -m tools.architectures --out architectures.png
 """
+import itertools
+
 from tools import need, save
 from train import Parser
-import itertools
 
 # A box: centre, width and height, text, colour. What belongs to images only is orange.
 BLUE, ORANGE, GREY, WHITE = "#cfe0f3", "#fbd9b0", "#e9e9e9", "#ffffff"
 DECODER = "decoder: blocks 1 ... L\nimages both ways, text causal"
+BOTH = {  # of early fusion; those of late fusion stand 4 to the right
+    "image": (1.0, 0.5, 1.5, 0.7, "image patches\n(raw pixels)", ORANGE),
+    "text": (2.8, 0.5, 1.5, 0.7, "text tokens", BLUE),
+    "linear": (1.0, 1.8, 1.5, 0.6, "one linear layer", ORANGE),
+    "embedding": (2.8, 1.8, 1.5, 0.6, "embedding", BLUE),
+    "decoder": (1.9, 5.6, 3.3, 0.9, DECODER, GREY),
+    "head": (1.9, 7.0, 3.3, 0.6, "norm, head: next text token", BLUE)}
 BOXES = {
-    "early image": (1.0, 0.5, 1.5, 0.7, "image patches\n(raw pixels)", ORANGE),
-    "early text": (2.8, 0.5, 1.5, 0.7, "text tokens", BLUE),
-    "early linear": (1.0, 1.8, 1.5, 0.6, "one linear layer", ORANGE),
-    "early embedding": (2.8, 1.8, 1.5, 0.6, "embedding", BLUE),
-    "early decoder": (1.9, 5.6, 3.3, 0.9, DECODER, GREY),
-    "early head": (1.9, 7.0, 3.3, 0.6, "norm, head: next text token", BLUE),
-    "late image": (5.0, 0.5, 1.5, 0.7, "image patches\n(raw pixels)", ORANGE),
-    "late text": (6.8, 0.5, 1.5, 0.7, "text tokens", BLUE),
+    **{f"early {name}": box for name, box in BOTH.items()},
+    **{f"late {name}": (x + 4, *box) for name, (x, *box) in BOTH.items()},
     "late linear": (5.0, 1.8, 1.5, 0.6, "linear, positions", ORANGE),
     "late encoder": (5.0, 3.0, 1.5, 0.9, "vision encoder:\nits own blocks", ORANGE),
     "late connector": (5.0, 4.2, 1.5, 0.6, "connector", ORANGE),
-    "late embedding": (6.8, 1.8, 1.5, 0.6, "embedding", BLUE),
-    "late decoder": (5.9, 5.6, 3.3, 0.9, DECODER, GREY),
-    "late head": (5.9, 7.0, 3.3, 0.6, "norm, head: next text token", BLUE),
     "in": (10.0, 0.5, 2.2, 0.6, "from the block before", WHITE),
     "attention": (10.0, 1.8, 2.2, 0.7, "norm, self-attention\n(QK-norm, RoPE)", GREY),
     "plus": (10.0, 2.8, 0.9, 0.4, "+ input", WHITE),

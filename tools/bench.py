@@ -264,8 +264,7 @@ def compare(bench, size, kinds, rounds, marks, ratios=(), extra=None, note=""):
     took = bench.interleave({"gemm": bench.product(side), **(extra or {}),
                              **{name: partial(work, name=name) for name in trainers}}, rounds)
     gpu = torch.cuda.get_device_name() if bench.machine.is_cuda else ""
-    rate = next((peak for key, (peak, _) in train.CARDS.items() if key in gpu),
-                2 * side**3 / took["gemm"])
+    rate = bench.machine.peak or 2 * side**3 / took["gemm"]
     often = next(iter(trainers.values())).accumulation
     tokens, order = often * batches[0]["tokens"].numel(), np.arange(bench.rounds(rounds)) % 4
     counts = [(batch["tokens"].numel(), len(batch["images"]), len(batch["target_index"]))

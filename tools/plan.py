@@ -47,15 +47,21 @@ def cards_of(text):
     return cards
 
 
+def mean_positions(loader):
+    """(text, image) positions of a row, the mean of the first 100 rows of training, which have the
+    shares of the mixture exactly."""
+    rows = [loader[g] for g in range(100)]
+    images = sum(int((row.patch >= 0).sum()) for row in rows) / 100
+    return sum(row.used for row in rows) / 100 - images, images
+
+
 def plan(run, place, machine):
     """Lines for a person. place: Cards, or the machine itself, whose speed is then measured."""
     cfg, shape, D = run.train, run.model, run.steps * run.train.tokens_per_step
     loader = Loader(run.data, cfg.seed, shape.context, shape.image_size, shape.patch_size)
-    rows = [loader[g] for g in range(100)]  # which have the shares of the mixture exactly
-    used, patches = (sum(numbers) / (100 * shape.context) for numbers in (
-        [row.used for row in rows], [int((row.patch >= 0).sum()) for row in rows]))
+    text, image = mean_positions(loader)
     model, (micro_rows, times) = on_meta(shape), train.divide_step(run, place)
-    n, C = model.num_params(), model.flops(D, patches * D)
+    n, C = model.num_params(), model.flops(D, image / shape.context * D)
     yield (f"{run.name}: N {n['N']:,}, D {D:,}, C {C:.3g} FLOPs, {run.steps:,} steps of "
            f"{micro_rows} rows x {times} micro-steps x {place.ranks} ranks")
     if place is machine:
@@ -69,7 +75,7 @@ def plan(run, place, machine):
         fixed, row = training_memory(shape, place.ranks, cfg.shard)
         yield f"memory: {(fixed + row * micro_rows) / 1e9:.1f} GB of {place.memory / 1e9:.0f}"
     yield f"disk: {24 * n['N_total'] / 1e9:.2f} GB for ckpt.pt and trunk.pt"
-    yield f"padding: {1 - used:.1%} of the positions, of {run.data.data} data"
+    yield f"padding: {1 - (text + image) / shape.context:.1%} of the positions, of {run.data.data} data"
     yield from (line_of(kind, share, run, loader) for kind, share in loader.shares.items())
     yield from (f"note: {note}" for note in train.notes(run, loader))
 

@@ -120,7 +120,8 @@ def draw_mask(batch, out_path):
     mask = attention_mask(doc, image)[0, 0]                                     # (T, T)
     own = mask & (image[0][:, None] == image[0]) & (image[0] >= 0)
     values = mask.int() + own.int()
-    axes.imshow(values.numpy(), cmap=colors.ListedColormap(["white", "#7aa6d8", "#e08214"]), vmin=0, vmax=2)
+    inks = colors.ListedColormap(["white", "#7aa6d8", "#e08214"])
+    axes.imshow(values.numpy(), cmap=inks, vmin=0, vmax=2)
     parts = [(*key, [t for t, _ in run]) for key, run in itertools.groupby(
         enumerate(zip(doc[0].tolist(), image[0].tolist())), key=lambda entry: entry[1])]
     named = [(d, i, at) for d, i, at in parts if len(at) > 4]

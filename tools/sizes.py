@@ -16,7 +16,7 @@ from dataclasses import replace
 from data import Loader, check
 from model import PRESETS, ModelConfig, on_meta, training_memory
 from tools import end_with_the_pipe
-from tools.plan import cards_of
+from tools.plan import cards_of, mean_positions
 from tools.sweep import parse_grid
 from train import SIZES, Parser
 
@@ -64,11 +64,8 @@ def print_sizes(budgets):
 
 
 def positions(data, model):
-    """(text, image) positions of a row, the mean of the first 100 rows of training."""
-    loader = Loader(data, 0, model.context, model.image_size, model.patch_size)
-    rows = [loader[g] for g in range(100)]
-    images = sum(int((row.patch >= 0).sum()) for row in rows) / 100
-    return sum(row.used for row in rows) / 100 - images, images
+    """(text, image) positions of a row."""
+    return mean_positions(Loader(data, 0, model.context, model.image_size, model.patch_size))
 
 
 def matched_width(run, rule):
