@@ -141,36 +141,42 @@ def test_any_folder_and_any_terminal(tmp_path):
 # -- killed at any step ----------------------------------------------------------------------------
 
 
-def killed_at(points, argv, log):
+def killed_at(points, out, *flags):
     """Trains, kills at each of these steps, and lets the same command finish. (A fork server
-    has imported torch already, so that a life costs little more than its training.)"""
+    has imported torch already, so that a life costs little more than its training.) -> its folder
+    """
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["torch._dynamo", "train"])
     for point in [*points, math.inf]:
-        life = processes.Process(target=train.main, args=(argv,))
+        life = processes.Process(target=train.main, args=([*flags, "--out", str(out)],))
         life.start()
-        while life.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") > point):
+        while life.is_alive() and sum(lines(path) for path in out.glob("*/log.jsonl")) <= point:
             time.sleep(0.001)
         life.kill()
         life.join()
         assert life.exitcode == (0 if point == math.inf else -signal.SIGKILL)
+    return next(out.glob("*/log.jsonl")).parent
+
+
+def lines(path):
+    return path.read_bytes().count(b"\n")
 
 
 def test_killed_at_twenty_steps_and_the_same_log_result_and_weights(tmp_path):
     """FUZZ=10 in the environment kills 200 times."""
     kills = 20 * int(os.environ.get("FUZZ", "1"))
     flags = [*TINY, "--tokens", f"{2 * kills}K", "--tokens-per-step", "128", "--save-every", "7"]
-    whole = start(tmp_path / "whole", *flags)
-    log = tmp_path / "killed" / whole.name / "log.jsonl"
     points = sorted(random.Random(0).sample(range(10 * kills), kills))  # of 15 * kills steps
-    killed_at(points, [*flags, "--out", str(tmp_path / "killed")], log)
-    assert log.read_bytes() == (whole / "log.jsonl").read_bytes()
-    ours, theirs = (torch.load(path / "ckpt.pt", weights_only=True) for path in (log.parent, whole))
-    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
-    rows = [train.finished(folder)[whole.name] for folder in (whole.parent, log.parent.parent)]
+    # Both in processes of their own, because another number of threads adds in another order.
+    runs = killed_at(points, tmp_path / "killed", *flags), killed_at([], tmp_path / "whole", *flags)
+    logs = [(run / "log.jsonl").read_bytes() for run in runs]
+    assert logs[0] == logs[1]
+    ours, theirs = (torch.load(run / "ckpt.pt", weights_only=True)["model"] for run in runs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    rows = [train.finished(run.parent)[run.name] for run in runs]
     timed = ("tok_per_s", "wall_s", "peak_mem_mb")
     assert len({str({k: v for k, v in row.items() if k not in timed}) for row in rows}) == 1
-    assert len((tmp_path / "killed" / "results.jsonl").read_text("utf-8").splitlines()) == 1
+    assert lines(tmp_path / "killed" / "results.jsonl") == 1
 
 
 # -- what happens around a run ---------------------------------------------------------------------

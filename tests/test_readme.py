@@ -133,7 +133,7 @@ def prepare(command, home):
         shutil.copytree(done, home / run[1])
 
 
-def test_the_commands_run_in_their_order(workplace, monkeypatch):
+def test_the_commands_run_in_their_order(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     ran = 0
     for command in commands():
@@ -144,7 +144,7 @@ def test_the_commands_run_in_their_order(workplace, monkeypatch):
         try:
             run_here(words)
         except SystemExit as error:
-            pytest.fail(f"{command}\n{error}")
+            pytest.fail(f"{command}\n{error}\n{capsys.readouterr().out[-1000:]}")
         ran += 1
     assert ran >= 8
 
@@ -206,7 +206,7 @@ def run_here(words):
     return importlib.import_module(tool.removesuffix(".py")).main(flags)
 
 
-def test_the_experiments_run_in_their_order(workplace, monkeypatch):
+def test_the_experiments_run_in_their_order(workplace, monkeypatch, capsys):
     """The paper's experiments of results/experiments.md, each tiny."""
     monkeypatch.chdir(workplace)
     todo = commands(EXPERIMENTS)
@@ -219,7 +219,7 @@ def test_the_experiments_run_in_their_order(workplace, monkeypatch):
         try:
             run_here(small_experiment(command, workplace))
         except SystemExit as error:
-            pytest.fail(f"{command}\n{error}")
+            pytest.fail(f"{command}\n{error}\n{capsys.readouterr().out[-1000:]}")
     assert len(todo) >= 30
 
 
