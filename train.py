@@ -62,7 +62,7 @@ source_of = functools.cache(inspect.getsource)  # 50 ms that each job of a sweep
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. 0 means that the value is derived, by the rule in the comment."""
+    """How to train. 0 means that the value is derived, as its line says."""
 
     out: str = "runs/demo"  # folder of the study: results.jsonl and one folder a run
     preset: str = "laptop"  # laptop, or a size of the paper's Table 6: 275m .. 8.13b, late 289m ..
@@ -135,7 +135,7 @@ def parse_runs(argv):
     lists = [value for flag, value in zip(["", *argv], argv)
              if "," in value and "--tokens" not in (flag, value.partition("=")[0])]
     check(not lists, f"train.py: {' '.join(lists)}: a list of values needs python -m tools.sweep")
-    parser = Parser(description=__doc__, prog="train.py")
+    parser = Parser(description=__doc__, prog="train.py", usage="train.py [--flag VALUE ...]")
     for config in (TrainConfig, ModelConfig, DataConfig):
         add_flags(parser, config)
     try:
@@ -278,12 +278,13 @@ def add_flags(parser, config):
     not given come out as nothing at all, so that presets can tell them from defaults."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source_of(config), re.MULTILINE))
     how = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": whole_number}}
+    group = parser.add_argument_group(config.__name__, config.__doc__)
     for field in fields(config):
         kind = type(field.default)
         if field.name != "vocab_size":  # it follows from the data
             text = comments[field.name].replace("%", "%%") + f" (default: {field.default})"
-            parser.add_argument(f"--{field.name.replace('_', '-')}", help=text,
-                                default=argparse.SUPPRESS, **how.get(kind, {"type": kind}))
+            group.add_argument(f"--{field.name.replace('_', '-')}", help=text,
+                               default=argparse.SUPPRESS, **how.get(kind, {"type": kind}))
 
 
 def whole_number(text):
