@@ -69,6 +69,16 @@ def test_a_run_that_two_studies_share_is_in_both(capsys, tmp_path):
     assert [line["n"] for line in lines] == ["3", "3"]
 
 
+def test_two_folders_are_compared_as_two_studies(capsys, tmp_path):
+    for name, rows in (("before", ROWS[:3]), ("after", [{**r, "loss": 0.5} for r in ROWS[:3]])):
+        (tmp_path / name).mkdir()
+        cells(capsys, tmp_path / name, rows)
+    flags = [str(tmp_path / "before"), str(tmp_path / "after"), "--by", "study"]
+    table.main([*flags, "--against", "study=before"])
+    after = next(line for line in capsys.readouterr().out.splitlines() if "| after" in line)
+    assert "0.5000 ± 0.0000" in after and "-0.7000 [" in after
+
+
 def test_the_difference_is_paired_over_shared_seeds(capsys, tmp_path):
     """Differences -0.1, -0.2, -0.1: mean -0.1333, sd 0.0577, and t = 4.3027 at 2 degrees."""
     (_, learned), _ = cells(capsys, tmp_path, ROWS, "--by", "moe,experts")

@@ -17,7 +17,6 @@ A new experiment is a line of FINDINGS. Its study is the folder that the sweep w
 import re
 from collections import namedtuple
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 from scipy import stats
@@ -135,8 +134,7 @@ def judge(x, sign):
 def main(argv=None):
     parser = Parser(prog="python -m tools.scoreboard", description=__doc__)
     parser.add_argument("paths", nargs="+", help="rows with their study, or folders of studies")
-    rows = [{"study": Path(path).name} | row
-            for path in parser.parse_args(argv).paths for row in read([path])]
+    rows = read(parser.parse_args(argv).paths)
     print("| section | the paper found | difference, % | seeds | verdict |\n" + "| --- " * 5 + "|")
     missing = []
     for finding in FINDINGS:

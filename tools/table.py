@@ -2,6 +2,7 @@
 
     python -m tools.table runs/moe --by moe,experts,top_k --against moe=none
     python -m tools.table runs/shares --by fusion --plot caption_share --out shares.png
+    python -m tools.table runs/before runs/after --by study,width --against study=before
 
 Reads OUT/results.jsonl of train.py, or any file of such rows, as tools.score writes. ± is the
 standard deviation over seeds. The last column is the difference to another line with its 95 %
@@ -28,14 +29,16 @@ SHARES = tuple(f"{kind}_share" for kind in KINDS)  # of the mixture, per cent
 
 
 def read(paths):
-    """The rows of all files; of a run that a file has twice in one study, the last."""
+    """The rows of all files, each with its study: what it says itself, or its folder. Of a run that
+    a file has twice in one study, the last."""
     rows = {}
     for path in map(Path, paths):
-        path = path / "results.jsonl" if path.is_dir() else path
+        study, path = path.name, path / "results.jsonl" if path.is_dir() else path
         check(path.is_file(), f"{path} does not exist: name folders that train.py wrote to (--out)")
         for row in map(json_row, path.read_text("utf-8", "replace").splitlines()):
             if "run" in row:  # or the line is broken, as where a disk was full
-                rows[path, row.get("study"), row["run"], row.get("scored")] = row
+                row["study"] = row.get("study", study)
+                rows[path, row["study"], row["run"], row.get("scored")] = row
     check(rows, f"{', '.join(paths)}: no run has ended yet")
     for row in rows.values():
         if "mixture" in row:
