@@ -483,13 +483,13 @@ def span(ends, form=".3f"):
 
 def print_table(records):
     """The paper's Table 2, an interval under each number, "?" at what is not identified."""
-    line = "{:20}{:<6}" + 8 * "{:17}"
+    line = "{:26}{:<6}" + 8 * "{:17}"
     print("\n" + line.format("group", "runs", *EXPONENTS, "mean error %"))
     for g in records:
         texts = [f"{g[k]:.4f}{'?' * (k in g['not_identified'])}" for k in EXPONENTS]
         print(line.format(g["name"], g["n"], *texts, f"{g['mae_pct']:.2f}"))
         if g["ci"]:
-            print(" " * 26 + "".join(f"{span(g['ci'][k]):17}" for k in EXPONENTS))
+            print(" " * 32 + "".join(f"{span(g['ci'][k]):17}" for k in EXPONENTS))
 
 
 def print_group(g, details):
