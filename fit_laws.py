@@ -60,6 +60,10 @@ class Runs:
     vision: tuple = (0, 0, 1)  # late fusion (C.2): (rho, p, q) of D_v = rho D, N_v = exp(p) N^q
     floor: float = np.nan  # the true irreducible loss, where the data know it
 
+    label = property(lambda self: self.name.replace("learned", "experts"))  # in a legend
+    # the procedural world, which alone knows its floor, is read in bytes
+    unit = property(lambda self: "nats a byte" if self.floor > 0 else "nats a token")
+
     def rows(self, keep):
         """The same group with the rows of a mask or of row numbers."""
         arrays = {k: v[keep] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
@@ -83,6 +87,7 @@ class Runs:
 #   3. A gradient by differences is wrong from the eighth digit on. Ours is exact.
 # Posed like this, the paper's own optimiser finds the minimum to 14 digits in 5 ms.
 
+DELTA = 1e-3  # of the Huber loss
 NAMES = ("A", "B", "E", "alpha", "beta")  # coef (5,) holds ln A, ln B, ln E, alpha, beta
 DENSE = ((0, "N"), (1, "D"))  # for each slope its term and its variable
 
@@ -100,7 +105,7 @@ class Problem:
         return coef @ np.linalg.inv(self.centring)
 
 
-def build_problem(runs, delta, slopes=DENSE, terms=3):
+def build_problem(runs, delta=DELTA, slopes=DENSE, terms=3):
     """Runs -> Problem of the law with these terms and slopes."""
     P = terms + len(slopes)
     design, centring = np.zeros((terms, len(runs.L), P)), np.eye(P)
@@ -159,7 +164,7 @@ def screen(problem, starts, count=12):
     return starts[np.argsort(scores, kind="stable")[:count]]
 
 
-def fit_law(runs, delta=1e-3):
+def fit_law(runs, delta=DELTA):
     """Runs -> coef (5,), objective (the sum of Huber losses) and the doubts of `diagnose`."""
     n = len(runs.N)
     check(n >= 6, f"{runs.name}: {n} usable rows, but a law needs at least 6; add sizes or tokens")
@@ -203,11 +208,11 @@ def draw_weights(n, count, seed):
     return np.random.default_rng(seed).multinomial(n, chance, size=count).astype(float)
 
 
-def bootstrap(runs, fit, weight, delta=1e-3):
+def bootstrap(runs, fit, weight):
     """Refit each resample of weight (K, n), starting at the full fit -> coef (K, 5).
     Under 20 rows three more starts join in, because a resample often has another best minimum
     there (one in eight at 16 rows, one in a hundred at 20)."""
-    problem = build_problem(runs, delta)
+    problem = build_problem(runs)
     starts = [problem.theta(fit.coef)]
     if len(runs.N) < 20:
         starts.extend(screen(problem, projected_starts(problem), 3))
@@ -324,7 +329,7 @@ def column(rows, name):
     names = dict.fromkeys(key for row in rows for key in row)
     near = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean {near[0]}?" if near else "columns: " + ", ".join(names)
-    check(name in names or not rows, f"no column {name!r} in the table; {hint}")
+    check(name in names or not len(rows), f"no column {name!r} in the table; {hint}")
     return [row.get(name) for row in rows]
 
 
@@ -546,16 +551,15 @@ def draw(studies, path):
         L, *band = np.array([(b["loss"], *(b["ci"]["loss"] or [np.nan] * 2)) for b in best]).T
         ax.fill_between(C, *band, color=ink, alpha=0.13, lw=0)
         ax.plot(C, L, "--", color=ink)
-        ax.plot(C[:50], L[:50], markevery=[], label=runs.name.replace("learned", "experts"), **look)
+        ax.plot(C[:50], L[:50], markevery=[], label=runs.label, **look)
     for floor in {round(s.runs.floor, 4) for s in studies if s.runs.floor > 0}:
         ax.axhline(floor, color="0.4", ls="-.", label=f"true floor {floor}")
     for N, (L, C) in sorted(sizes.items())[:: len(sizes) // 7 + 1]:
         ax.text(1.1 * C, 1.02 * L, f"{N:,.0f}", rotation=30, rotation_mode="anchor")
-    unit = "byte" if runs.floor > 0 else "token"  # the procedural world is read in bytes
-    ax.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"loss (nats a {unit})")
+    ax.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"loss ({runs.unit})")
     ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-    ax.legend(title="thin: one N; band: 95 %; dashed: no runs").figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
+    page = ax.legend(title="thin: one N; band: 95 %; dashed: no runs").figure
+    write(path, lambda path: page.savefig(path, dpi=150))
 
 
 def flops(text):
@@ -591,15 +595,20 @@ def parse_args(argv=None, manual=__doc__, switches=()):
     return args
 
 
-def write_json(path, content):
-    """Write a file; numbers that are not finite become null."""
-    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
+def write(path, save):
+    """save(path), whose folder is made before, or end in one line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        save(path)
     except OSError as error:
         check(False, f"{path}: cannot write: {error.strerror}; choose another --out")
     print(f"wrote {path}")
+
+
+def write_json(path, content):
+    """Numbers that are not finite become null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    write(path, lambda path: path.write_text(json.dumps(content, indent=1), encoding="utf-8"))
 
 
 def main(argv=None):

@@ -6,9 +6,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data import Shards
 from helpers import make_batch, tiny
 from model import Model
-from tools.bench import SIZES, Stock, config_of, main, make_batches, step_flops, trainee
+from tools.bench import (SIZES, Stock, config_of, main, make_batches, repeated, step_flops,
+                         trainee)
 from train import Machine
 
 
@@ -53,6 +55,11 @@ def test_a_quick_run_writes_its_rows(tmp_path):
     assert verdicts["overhead of a step at width 64, without data"] in ("reached", "NOT reached")
     if not torch.cuda.is_available():
         assert verdicts["932m early"] == "not measured here"
+
+
+def test_the_documents_that_all_lie_at_one_place_are_read(tmp_path):
+    docs = Shards(repeated(tmp_path / "repeated", 10**6)).docs["caption"]
+    assert len(docs) == 10**6 // (3 * 256 * 341 + 4 * 34)
 
 
 def test_an_unknown_mark_is_one_line():

@@ -111,7 +111,7 @@ def test_two_processes_do_not_train_one_run(tmp_path):
         assert "another process" in again(tmp_path)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(tmp_path):
     """A limit on the size of files stands for the full disk."""
     flags = [*TINY, "--out", str(tmp_path), "--save-every", "2"]
     code = ("import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * "
@@ -246,11 +246,6 @@ def test_an_encoder_is_not_taken_from_early_fusion(tmp_path):
     early = str(start(tmp_path / "early"))
     flags = ["--fusion", "late", "--init-vision", early]
     assert f"--init-vision {early}" in one_line(SystemExit, start, tmp_path / "late", *flags)
-
-
-def test_tokens_that_are_no_whole_steps_are_named(tmp_path, capsys):
-    start(tmp_path, "--tokens", "700")
-    assert "--tokens 700 was rounded" in capsys.readouterr().out
 
 
 # -- packing ---------------------------------------------------------------------------------------

@@ -325,6 +325,7 @@ BAD = {
     "empty": ("", [], "0 rows"),
     "nothing kept": ("1e6,1e7,3", ["--where", "N>1e9"], "not N>1e9"),
     "all held out": (rows_of(), ["--holdout", "9"], "at least 6"),
+    "misspelt holdout": (rows_of(), ["--holdout", "foo>3"], "no column 'foo'"),
     "column": ("1e6,1e7,3", ["--loss", "lss"], "did you mean loss"),
     "rule": ("1e6,1e7,3", ["--where", "N~3"], "COLUMN=VALUE"),
     "rule column": ("1e6,1e7,3", ["--where", "kept=1"], "no column 'kept'"),

@@ -231,7 +231,7 @@ def test_a_line_that_is_no_result_costs_only_itself(lines, faults):
 
 def table_of(kind, rows):
     if kind == ".jsonl":
-        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+        return jsonl(rows)
     comma = {".csv": ",", ".tsv": "\t"}[kind]
     return "\n".join(comma.join(map(str, line))
                      for line in [ROW, *(row.values() for row in rows)]).encode()

@@ -74,9 +74,10 @@ def test_a_sweep_really_shares_its_trunk(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    [], ["--fusion", "late", "--moe", "learned", "--experts", "2"], ["--workers", "1"]])
+    ["--fusion", "late", "--moe", "learned", "--experts", "2"], ["--workers", "1"]])
 def test_kill_9_and_the_same_command_again(tmp_path, flags):
-    """The log and the weights end up equal to those of a run that nobody killed, bit for bit."""
+    """The log and the weights end up equal to those of a run that nobody killed, bit for bit.
+    (tests/test_faults.py kills a dense run many times.)"""
     flags = ["--tokens", "60K", "--save-every", "10", *flags]
     process = subprocess.Popen(command(tmp_path / "killed", *flags), stdout=subprocess.DEVNULL)
     while not list((tmp_path / "killed").glob("*/ckpt.pt")):

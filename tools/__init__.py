@@ -52,11 +52,10 @@ def human(x, _=None):
     return f"{x:.3g}"
 
 
-def readable(run):
-    """Fusion, experts and width of a run (a dict of its settings) in words, for a legend."""
-    moe = {"none": "", "learned": f", {run.get('n_experts', run.get('experts'))} experts",
-           "modality": ", an expert a modality"}
-    return f"{run['fusion']} fusion{moe[run['moe']]}, width {run['width']}"
+def markdown(head, rows):
+    """A table; its cells are text."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines)
 
 
 def save(page, path):

@@ -240,7 +240,7 @@ def random_batch(cfg, n_rows, rng):
     rows = [data.Row(cfg.context, cfg.n_patches, eot=0) for _ in range(n_rows)]
     for row in [*rows, *rows]:
         image = rng.integers(256, size=(cfg.image_size, cfg.image_size, 3), dtype=np.uint8)
-        text = rng.integers(cfg.vocab_size, size=cfg.context // 2 - 1 - cfg.n_patches)
+        text = rng.integers(cfg.vocab_size, size=max(1, cfg.context // 2 - 1 - cfg.n_patches))
         row.add(data.Document(np.array([data.IMAGE, *text]), [image]))
     return data.collate(rows, cfg.patch_size)
 
@@ -263,7 +263,6 @@ def compare(bench, size, kinds, rounds, marks, ratios=(), extra=None, note=""):
     side = 8192 if bench.machine.is_cuda else 1536
     took = bench.interleave({"gemm": bench.product(side), **(extra or {}),
                              **{name: partial(work, name=name) for name in trainers}}, rounds)
-    gpu = torch.cuda.get_device_name() if bench.machine.is_cuda else ""
     rate = bench.machine.peak or 2 * side**3 / took["gemm"]
     often = next(iter(trainers.values())).accumulation
     tokens, order = often * batches[0]["tokens"].numel(), np.arange(bench.rounds(rounds)) % 4
@@ -275,7 +274,7 @@ def compare(bench, size, kinds, rounds, marks, ratios=(), extra=None, note=""):
         took["early FLOPs"] = took["early"] * flops["late"] / flops["early"]
     for name, mark in marks.items():
         seconds, share = np.median(took[name]), flops[name] / took[name] / rate
-        yield Row(f"{size} {name}, share of {'peak' if gpu else 'the GEMM rate'}", share, mark,
+        yield Row(f"{size} {name}, share of {'peak' if bench.machine.peak else 'the GEMM rate'}", share, mark,
                   f"{1e3 * seconds:,.0f} ms, {tokens / seconds:,.0f} tokens/s, "
                   f"{np.median(flops[name]) / tokens / 1e6:,.1f} MFLOP/token")
     for what, names, mark in ratios:
@@ -568,8 +567,8 @@ def repeated(folder, size, tokens=32, h=256, w=341):
     n = size // (len(header) + pixels)
     np.tile(np.array([0, tokens, 1]), (n, 1)).tofile(shard / "train.docs")       # int64 (n,3)
     splits = {"train": {"caption": {"shards": [{"name": "shard", "docs": n}]}}}
-    (folder / "data.json").write_text(json.dumps({"tokenizer": "bytes", "splits": splits}),
-                                      encoding="utf-8")
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "image_size": 224, "splits": splits}
+    (folder / "data.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
 
 

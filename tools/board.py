@@ -7,12 +7,12 @@
 Training knows nothing of either: this reads the log.jsonl and speed.jsonl of each run, from any
 machine that sees the folder, and sends what it has not sent before.
 """
-import json
 import time
 from collections import defaultdict
 from pathlib import Path
 
 from data import check
+from fit_laws import json_row
 from tools import need
 from train import Parser
 
@@ -25,7 +25,7 @@ def new_lines(path, seen):
         for line in file:
             if line.endswith(b"\n"):
                 seen[path] += len(line)
-                yield json.loads(line)
+                yield json_row(line)
 
 
 def send(out, writers, seen, new_writer):
@@ -33,6 +33,8 @@ def send(out, writers, seen, new_writer):
     for path in sorted(out.glob("*/log.jsonl")) + sorted(out.glob("*/speed.jsonl")):
         name = path.parent.name
         for line in new_lines(path, seen):
+            if "step" not in line:  # broken, as where a disk was full
+                continue
             if name not in writers:
                 writers[name] = new_writer(name)
             step = line.pop("step")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data import check
 from fit_laws import json_row
-from tools import human, panels, readable, save, style
+from tools import human, panels, save, style
 from tools.table import varying
 from train import Parser, finished
 from world import KINDS, QUESTIONS
@@ -50,6 +50,13 @@ def names(settings):
     told += ["seed"] * (len({row["seed"] for row in settings}) > 1)
     return [", ".join([readable(row), *(f"{key} {row.get(key)}".replace("_", " ") for key in told)])
             for row in settings]
+
+
+def readable(run):
+    """Fusion, experts and width of a run (a dict of its settings)."""
+    moe = {"none": "", "learned": f", {run['experts']} experts",
+           "modality": ", an expert a modality"}
+    return f"{run['fusion']} fusion{moe[run['moe']]}, width {run['width']}"
 
 
 def draw(curves, over, unit, out):

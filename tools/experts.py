@@ -15,7 +15,7 @@ import torch
 
 from data import DataConfig, Loader
 from model import load_model
-from tools import panels, save, style
+from tools import markdown, panels, save, style
 from train import Parser
 
 
@@ -103,11 +103,11 @@ def main(argv=None):
     cfg = DataConfig(data["data"], data["mixture"], val_rows=args.rows)
     counts = count(model, Loader(cfg, 0, model.cfg.context, model.cfg.image_size,
                                  model.cfg.patch_size))
-    if data["mixture"] == "0-0-100" or not counts:
+    if {*cfg.shares} == {"text"} or not counts:
         raise SystemExit(f"{args.run} was trained on text only: its router never had two "
                          "modalities to tell apart")
-    for i, cells in enumerate(table(counts)):
-        print("|", " | ".join(cells), "|" + f"\n{'| --- ' * len(cells)}|" * (i == 0))
+    head, *body = table(counts)
+    print(markdown(head, body))
     print("score: 1 = each expert sees one modality; floor: what experts without a preference have")
     draw(counts, args.out)
 

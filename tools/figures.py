@@ -32,21 +32,11 @@ def plain_ticks(axis, values=()):
     axis.set_minor_formatter("")
 
 
-def name_of(s):
-    """The group of a study as a legend has it."""
-    return s.runs.name.replace("learned", "experts")
-
-
-def unit_of(runs):
-    """The procedural world, which alone knows its floor, is read in bytes."""
-    return "nats a byte" if runs.floor > 0 else "nats a token"
-
-
 def draw_band(ax, C, curve, many, k, s):
     """The curve (Q,) of study s, dashed where it has no runs, and 95 % of many (K, Q) as a band."""
     look, seen = style(k) | {"ls": "-", "lw": 1.8}, (C >= s.runs.C.min()) & (C <= s.runs.C.max())
     ax.plot(C, curve, **look | {"ls": "--", "marker": ""})
-    ax.plot(C[seen], curve[seen], label=name_of(s), markevery=9, **look)
+    ax.plot(C[seen], curve[seen], label=s.runs.label, markevery=9, **look)
     many = many[np.isfinite(many).all(1)]
     if len(many):
         low, high = np.percentile(many, [2.5, 97.5], axis=0)
@@ -70,9 +60,9 @@ def draw_optima(panels, studies):
         budgets = isoflop_budgets(s.runs)
         at, *best = isoflop_minima(s.runs, budgets, np.ones(len(s.runs.N)))
         for ax, y in zip(panels, (best[0], best[1], best[1] / best[0]) if budgets else ()):
-            ax.plot(at, y, label=f"{name_of(s)}, parabolas", **style(k, False))
+            ax.plot(at, y, label=f"{s.runs.label}, parabolas", **style(k, False))
     names = ("best N (parameters)", "best D (tokens)", "best D/N (tokens a parameter)",
-             f"loss above {name_of(studies[0])} (%)")
+             f"loss above {studies[0].runs.label} (%)")
     for ax, name, scale in zip(panels, names, ("log", "log", "log", "linear")):
         ax.set(xscale="log", yscale=scale, xlabel="training FLOPs", ylabel=name)
         if scale == "log":
@@ -101,7 +91,7 @@ def draw_slices(ax, runs, budgets):
         ax.plot(np.exp(x), L, "o", ms=3, color=colour)
         ax.plot(np.exp(fine), parabola, lw=1, color=colour, label=f"C = {C:.1e}")
     ax.plot(minima[2], minima[3], "kx", ms=6, label="minimum")
-    ax.set(xscale="log", xlabel="tokens D", ylabel=f"loss ({unit_of(runs)})")
+    ax.set(xscale="log", xlabel="tokens D", ylabel=f"loss ({runs.unit})")
     ax.set_title(f"{runs.name}: equal C", fontsize=10)
     plain_ticks(ax.xaxis)
 
@@ -129,10 +119,10 @@ def draw_residuals(studies):
     for k, s in enumerate(studies):
         runs, dots = s.runs, style(k, False)
         predicted = predict(s.fit.coef, runs.N, runs.D)
-        axes[0].plot(runs.L, predicted, label=name_of(s), **dots)
+        axes[0].plot(runs.L, predicted, label=s.runs.label, **dots)
         for ax, x in zip(axes[1:], (runs.N, runs.D, runs.C)):
             ax.plot(x, 100 * (runs.L / predicted - 1), **dots)
-    unit = unit_of(studies[0].runs)
+    unit = studies[0].runs.unit
     axes[0].set(xlabel=f"observed loss ({unit})", ylabel=f"predicted loss ({unit})")
     axes[0].legend(fontsize=8)
     axes[1].set_ylabel("observed above the law (%)")

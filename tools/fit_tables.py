@@ -18,7 +18,8 @@ from scipy.optimize import least_squares
 
 import fit_laws as fl
 from tools import laws_more as lm
-from tools.bench_fit import markdown, measure, read_table, runs_of
+from tools import markdown
+from tools.bench_fit import measure, read_table, runs_of
 
 SIZES = (0.27484e9, 0.46403e9, 0.93168e9, 1.62678e9, 2.2799e9, 3.35425e9)  # early (Table 6)
 DECODERS = (247e6, 412e6, 834e6, 1.44e9, 2.01e9, 3.03e9)  # late
@@ -82,7 +83,7 @@ def published(folder):
     misfitting = table("misfitting_final")
     check("misfitting_final", natural(fl.fit_law(misfitting)), {
         "F": (0.005021654212110655, 1e-10), "alpha": (0.200196, 1e-4), "beta": (0.635697, 1e-4)})
-    check("misfitting_final, alpha = beta", lm.tied_law(misfitting, 1e-3)["tied"], {
+    check("misfitting_final, alpha = beta", lm.tied_law(misfitting)["tied"], {
         "objective": (0.005243705787850444, 1e-10), "exponent": (0.603380, 1e-4)})
     check("steplaw_moe (reference)", natural(fl.fit_law(table("steplaw_moe"))), {
         "E": (1.6497, 5e-5), "alpha": (0.7257, 5e-5), "beta": (0.2468, 5e-5)})
@@ -216,7 +217,7 @@ def sparse_coverage(studies, resamples):
     truth, found, picked = np.r_[np.exp(SPARSE_TRUTH[:5]), SPARSE_TRUTH[5:]], [], 0
     for k in range(studies):
         runs = plant_sparse((0.003, 0.005, 0.01)[k % 3], k)
-        law = lm.sparse_law(runs, fl.draw_weights(len(runs.N), resamples, k), 1e-3)
+        law = lm.sparse_law(runs, fl.draw_weights(len(runs.N), resamples, k))
         value, ci = (np.array([x[name] for name in lm.SPARSE_NAMES]) for x in (law, law["ci"]))
         flagged = [name in law["not_identified"] for name in lm.SPARSE_NAMES]
         found.append([value - truth, (ci[:, 0] <= truth) & (truth <= ci[:, 1]), flagged])

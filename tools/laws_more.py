@@ -20,13 +20,12 @@ from types import SimpleNamespace
 import numpy as np
 from scipy.optimize import brentq
 
-from fit_laws import (NAMES, build_problem, check, derive, encoder, gather, interval, minimise,
+from fit_laws import (DELTA, NAMES, build_problem, check, derive, encoder, gather, interval, minimise,
                       number, optimum, parse_args, projected_starts, residual, screen, span,
                       write_json)
 from tools import end_with_the_pipe
 from tools.sizes import in_flops
 
-DELTA = 1e-3  # of the Huber loss
 ISOFLOP = tuple(f"{name}_isoflop" for name in ("a", "b", "c", "d", "D0"))
 
 
@@ -128,21 +127,21 @@ def name_coefficients(names, terms, coef, draws):
     return dict(zip(names, one)) | {"ci": {k: interval(x) for k, x in zip(names, many)}}
 
 
-def tied_law(runs, delta):
+def tied_law(runs):
     """alpha = beta against both free -> {"free": record, "tied": record with E and exponent}."""
-    problem = build_problem(runs, delta)
+    problem = build_problem(runs)
     free, _ = score_law(problem, projected_starts(problem), runs.N)
     shared = share_coefficients(problem, np.array([[0, 1, 2, 3, 3]]), 0)
     tied, theta = score_law(*shared, runs.N)
     return {"free": free, "tied": tied | {"E": np.exp(theta[2]), "exponent": theta[3]}}
 
 
-def joint_law(studies, delta):
+def joint_law(studies):
     """Groups with their own A, B and E but one alpha and beta, against separate laws."""
     N, D, L = (np.concatenate([getattr(s.runs, k) for s in studies]) for k in "NDL")
     M = len(studies)
     member = np.repeat(np.arange(M), [len(s.runs.N) for s in studies])
-    problem = build_problem(SimpleNamespace(N=N, D=D, L=L), delta)
+    problem = build_problem(SimpleNamespace(N=N, D=D, L=L))
     index = np.c_[np.arange(3 * M).reshape(M, 3), np.tile([3 * M, 3 * M + 1], (M, 1))]
     joint, starts = share_coefficients(problem, index, member)
     record, theta = score_law(joint, starts, N)
@@ -177,7 +176,7 @@ def active_share(runs):
     return active if (active > 0).all() else np.ones(len(S))
 
 
-def sparse_law(runs, weights, delta):
+def sparse_law(runs, weights):
     """L(N, D, S) against a law without S and one for each S; None under three sparsities.
     A coefficient is not identified if its interval is wider than twice its value.
     """
@@ -185,8 +184,8 @@ def sparse_law(runs, weights, delta):
     levels, member = np.unique(active.round(6), return_inverse=True)
     if len(levels) < 3:
         return None
-    problem = build_problem(SimpleNamespace(**vars(runs), active=active), delta, SPARSE, 5)
-    plain = build_problem(runs, delta)
+    problem = build_problem(SimpleNamespace(**vars(runs), active=active), DELTA, SPARSE, 5)
+    plain = build_problem(runs)
     grids = [(-0.4, -0.1, 0.1, 0.4) if variable == "active" else np.geomspace(0.1, 1.2, 4)
              for _, variable in SPARSE]
     record, theta = score_law(problem, projected_starts(problem, *grids), runs.N)
@@ -200,13 +199,13 @@ def sparse_law(runs, weights, delta):
     return law | {"sparsities": [*1 - levels[::-1]], "rivals": rivals, "not_identified": weak}
 
 
-def sensitivity(runs, fit, delta):
+def sensitivity(runs, fit):
     """How far changes move the law -> {change: {name: [lowest, highest]}}."""
-    problem, kept = build_problem(runs, delta), np.ones((1, len(runs.N)))
+    problem, kept = build_problem(runs), np.ones((1, len(runs.N)))
     theta, worst = problem.theta(fit.coef), max(1, len(runs.N) // 50)
     kept[0, np.argsort(np.abs(residual(theta, problem)[0]))[-worst:]] = 0
     changes = {f"delta {d:g}": (replace(problem, delta=d), [1.0])
-               for d in (delta / 10, delta * 10)}
+               for d in (DELTA / 10, DELTA * 10)}
     changes["one size left out"] = problem, sizes_left_out(runs.N)
     changes[f"worst {worst} left out"] = problem, kept
     moved = {}
@@ -217,16 +216,16 @@ def sensitivity(runs, fit, delta):
     return moved
 
 
-def profile(runs, fit, delta):
+def profile(runs, fit):
     """95 % profile intervals {name: [lo, hi]} of E, alpha and beta: fix one, refit the others.
     An end is NaN if it lies beyond ten times the value. The rise of F becomes a chi square by
     the robust likelihood ratio, whose scale is mean(psi^2) / mean(|r| < delta).
     """
-    problem, ends = build_problem(runs, delta), {}
+    problem, ends = build_problem(runs), {}
     theta, least = problem.theta(fit.coef), runs.L.min()
     size = np.abs(residual(theta, problem)[0])
-    scale = (np.minimum(size, delta) ** 2).mean() / max((size <= delta).mean(), 0.02)
-    limit = (fit.objective + 1.92 * max(scale, 1e-10)) / delta
+    scale = (np.minimum(size, DELTA) ** 2).mean() / max((size <= DELTA).mean(), 0.02)
+    limit = (fit.objective + 1.92 * max(scale, 1e-10)) / DELTA
     middles = np.clip([np.exp(theta[2]), *theta[3:]], [0.05 * least, 0.05, 0.05],
                       [0.99 * least, 2, 2])
 
@@ -269,7 +268,7 @@ def paper_plan(budgets):
     return found
 
 
-def report(s, delta):
+def report(s):
     """A study of fit_laws.py -> its record with all that this file finds, which it also prints."""
     record, budgets = s.record, isoflop_budgets(s.runs)
 
@@ -281,10 +280,10 @@ def report(s, delta):
         add(isoflop(s.runs, budgets, np.ones(len(s.runs.N))),
             [isoflop(s.runs, budgets, weight) for weight in s.weight])
     add(regression(s.fit.coef, s.runs), [regression(coef, s.runs) for coef in s.draws])
-    record |= {"isoflop_budgets": len(budgets), "tied": tied_law(s.runs, delta),
-               "sparse": sparse_law(s.runs, s.weight, delta),
-               "sensitivity": sensitivity(s.runs, s.fit, delta),
-               "profile": profile(s.runs, s.fit, delta)}
+    record |= {"isoflop_budgets": len(budgets), "tied": tied_law(s.runs),
+               "sparse": sparse_law(s.runs, s.weight),
+               "sensitivity": sensitivity(s.runs, s.fit),
+               "profile": profile(s.runs, s.fit)}
     print_more(record)
     return record
 
@@ -342,10 +341,10 @@ def main(argv=None):
     if args.path:
         notes, studies = gather(args)
         print("\n".join(notes))
-        result |= {"groups": [report(s, DELTA) for s in studies], "joint": {},
+        result |= {"groups": [report(s) for s in studies], "joint": {},
                    "notes": notes, "delta": DELTA}
         for name, groups in families(studies).items():
-            law = result["joint"][name] = joint_law(groups, DELTA)
+            law = result["joint"][name] = joint_law(groups)
             print(f"\n{name}: one alpha and beta for all mixtures")
             for group, one in law["groups"].items():
                 print_law(group, one, NAMES)

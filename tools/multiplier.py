@@ -11,6 +11,7 @@ to each width predicts the next width's losses. The other flags are those of fit
 """
 # Dimensions: n rows (runs), K resamples.
 import sys
+from argparse import Namespace
 
 import numpy as np
 from scipy.optimize import brentq
@@ -19,14 +20,12 @@ from fit_laws import (build_problem, check, draw_weights, fit_law, gather, inter
                       optimum, parse_args, predict, projected_starts, screen, span)
 from tools import end_with_the_pipe
 
-DELTA = 1e-3  # of the Huber loss
-
 
 def fit_above_floor(runs, weights):
     """Runs, resamples (K,n) -> coef (5,) and (K,5) of laws whose E is the true floor."""
     check(runs.floor > 0, f"{runs.name}: no true floor in the table; only the procedural world "
           "knows it")
-    problem = build_problem(runs, DELTA)
+    problem = build_problem(runs)
     bounds = [(None, None)] * 5
     bounds[2] = (np.log(runs.floor),) * 2
     starts = projected_starts(problem)
@@ -78,7 +77,8 @@ def print_rollout(runs):
 
 def main(argv=None):
     args = parse_args(argv, __doc__)
-    notes, studies = gather(args)
+    check(not args.json, "--json belongs to fit_laws.py")
+    notes, studies = gather(Namespace(**vars(args) | {"bootstrap": 0}))  # its refits have a free E
     print("\n".join(notes))
     if args.compare:
         print_multipliers(studies, args)

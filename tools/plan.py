@@ -36,8 +36,8 @@ class Cards:
 
 def cards_of(text):
     """"8xh100x0.4x2.5" -> Cards."""
-    number, name, mfu, price = [*text.split("x"), "0.4", "0"][:4] if "x" in text else ("", "", "", "")
     try:
+        number, name, mfu, price = [*text.split("x"), "0.4", "0"][:4]
         cards = Cards(int(number), name, *train.CARDS[name.upper()], float(mfu), float(price))
         good = cards.ranks > 0 and 0 < cards.mfu <= 1 and 0 <= cards.price < float("inf")
     except (ValueError, LookupError):
@@ -98,7 +98,8 @@ def line_of(kind, share, run, loader):
 def measured_seconds(run, machine):
     """Of a whole run: its micro-steps times the median of three. In the first, which is not among
     them, torch allocates and compiles."""
-    trainer, ends = train.Trainer(run, replace(machine, ranks=1)), []
+    alone = replace(run, train=replace(run.train, shard=False))
+    trainer, ends = train.Trainer(alone, replace(machine, ranks=1)), []
     micro_steps = run.steps * train.divide_step(run, machine)[1]
     trainer.accumulation, rows = 1, trainer.rows
     batches = trainer.loader.train_batches(0, 4, rows, rows)

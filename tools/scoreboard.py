@@ -22,16 +22,16 @@ import numpy as np
 from scipy import stats
 
 from data import check
-from tools import end_with_the_pipe
+from tools import end_with_the_pipe, markdown
 from tools.table import read
 from train import Parser
 
 SMALL = 1.5  # per cent: what we call no effect
 SETTINGS = ("fusion moe n_experts top_k granularity width vision_width mixture image_size context D"
-            " patch_size tokens_per_step lr vision_lr init init_vision match seed").split()
+            " patch_size tokens_per_step lr vision_lr init init_vision seed").split()
 # What differs with a field, and so need not be equal in a pair.
 FOLLOWS = {"fusion": "vision_width init init_vision", "moe": "n_experts top_k granularity init",
-           "match": "width lr", "width": "lr vision_width", "interleaved_share": "mixture",
+           "width": "lr vision_width", "interleaved_share": "mixture",
            "text_share": "mixture", "image_size": "context D tokens_per_step"}
 EARLY, LATE = {"fusion": "early", "moe": "none"}, {"fusion": "late"}
 FROZEN, SLOW, FULL = (LATE | {"vision_lr": rate} for rate in ("0.0", "0.01", "1.0"))
@@ -40,6 +40,7 @@ EXPERTS = {"moe": "learned", "n_experts": "8", "top_k": "1", "granularity": "1"}
 FINE = EXPERTS | {"n_experts": "16", "top_k": "2", "granularity": "2"}
 TEXT, NATIVE = EARLY | {"init": ".+"}, EARLY | {"init": ""}  # from a text model, from nothing
 BOTH = FULL | {"init": ".+"}
+MATCHED = EARLY | {"width": ".+"}  # what tools.sizes --match found
 
 # `sign` is that of one minus two in the paper, 0 where they were equal. `across` asks how this
 # difference changes from the smallest to the largest value of a field. Values are patterns.
@@ -48,8 +49,8 @@ Finding = namedtuple("Finding", "section claim study one two sign metric across"
 FINDINGS = [Finding(*line) for line in (
     ("5.3", "early is lower than late of equal width", "pairs", EARLY, LATE, -1),
     ("5.3", "this lead shrinks with width", "pairs", EARLY, LATE, 1, "loss", "width"),
-    ("5.9", "early is lower at equal parameters", "match", EARLY | {"match": "params"}, LATE, -1),
-    ("5.9", "early is lower at equal FLOPs", "match", EARLY | {"match": "flops"}, LATE, -1),
+    ("5.9", "early is lower at equal parameters", "match_params", MATCHED, LATE, -1),
+    ("5.9", "early is lower at equal FLOPs", "match_flops", MATCHED, LATE, -1),
     ("5.7", "more captions lower their loss", "shares", LESS, MORE, -1, "loss_caption"),
     ("5.7", "more interleaved rows lower theirs", "shares", MORE, LESS, -1, "loss_interleaved"),
     ("5.7", "early's lead grows with interleaved rows", "shares", EARLY, LATE, -1, "loss",
@@ -135,15 +136,15 @@ def main(argv=None):
     parser = Parser(prog="python -m tools.scoreboard", description=__doc__)
     parser.add_argument("paths", nargs="+", help="rows with their study, or folders of studies")
     rows = read(parser.parse_args(argv).paths)
-    print("| section | the paper found | difference, % | seeds | verdict |\n" + "| --- " * 5 + "|")
-    missing = []
+    lines, missing = [], []
     for finding in FINDINGS:
         x = by_seed(differences([r for r in rows if r["study"] == finding.study], finding))
         if len(x) < 2:
             missing.append(f"{finding.claim} ({finding.section})")
             continue
         measured, verdict = judge(x, finding.sign)
-        print(f"| {finding.section} | {finding.claim} | {measured} | {len(x)} | {verdict} |")
+        lines.append([finding.section, finding.claim, measured, str(len(x)), verdict])
+    print(markdown(["section", "the paper found", "difference, %", "seeds", "verdict"], lines))
     if missing:
         print(f"\nNot measured: {'; '.join(missing)}.")
 

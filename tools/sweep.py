@@ -37,7 +37,7 @@ def parse_grid(words):
             check(grid and grid[flag] is None, f"sweep: {word!r} follows no flag; put commas "
                   "between several values, as in --width 8,16")
             grid[flag] = word
-    lists = [[value] if value is None or flag in ("--tokens", "--out") else value.split(",")
+    lists = [[value] if value is None or flag == "--tokens" else value.split(",")
              for flag, value in grid.items()]
     jobs = {}
     for values in itertools.product(*lists):

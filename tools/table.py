@@ -19,7 +19,7 @@ from scipy import stats
 
 from data import DataConfig, check
 from fit_laws import json_row
-from tools import end_with_the_pipe, human, panels, save, style
+from tools import end_with_the_pipe, human, markdown, panels, save, style
 from train import Parser
 from world import KINDS
 
@@ -202,8 +202,8 @@ def main(argv=None):
           f"--plot {args.plot}: not a number in every row")
     lines = [key for key in groups if {*against} <= {f"{f}={v}" for f, v in zip(fields, key)}]
     check(lines, f"--against {args.against}: no line has that among {', '.join(fields)}")
-    for i, cells in enumerate(table(groups, fields, metrics, lines if against else lines[:1])):
-        print("|", " | ".join(cells), "|" + f"\n{'| --- ' * len(cells)}|" * (i == 0))
+    head, *body = table(groups, fields, metrics, lines if against else lines[:1])
+    print(markdown(head, body))
     if diverged := [row["run"] for row in rows if row.get("status", "ok") != "ok"]:
         print(f"\nleft out of the means, as they diverged: {', '.join(diverged)}")
     if across:
