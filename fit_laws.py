@@ -60,7 +60,7 @@ class Runs:
     vision: tuple = (0, 0, 1)  # late fusion (C.2): (rho, p, q) of D_v = rho D, N_v = exp(p) N^q
     floor: float = np.nan  # the true irreducible loss, where the data know it
 
-    label = property(lambda self: self.name.replace("learned", "experts"))  # in a legend
+    label = property(lambda self: self.name.replace("learned", "learned experts"))  # in a legend
     # the procedural world, which alone knows its floor, is read in bytes
     unit = property(lambda self: "nats a byte" if self.floor > 0 else "nats a token")
 

@@ -2,10 +2,15 @@
 in ../shared, as they do where CI runs. Elsewhere those tests, and only those, are skipped."""
 
 import inspect
+import os
 import re
 from pathlib import Path
 
 import pytest
+
+# One thread each, also for the processes that tests start: tiny matrices are slower with more, and
+# another number of threads adds in another order. (It is read when torch and numpy are imported.)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

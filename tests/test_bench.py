@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import Shards
 from helpers import make_batch, tiny
 from model import Model
-from tools.bench import (SIZES, Stock, config_of, main, make_batches, repeated, step_flops,
-                         trainee)
+from tools.bench import (SIZES, Stock, config_of, main, make_batches, repeated, step,
+                         step_flops, trainee)
 from train import Machine
 
 
@@ -37,6 +37,13 @@ def test_the_reference_has_the_models_size():
             ours, stock = (sum(p.numel() for p in kind(config_of(SIZES[size])).parameters())
                            for kind in (Model, Stock))
         assert stock == pytest.approx(ours, rel=0.05)
+
+
+def test_the_reference_trains():
+    trainer = trainee(Machine.start("cpu"), {"width": 16, "depth": 1}, Stock)
+    before = trainer.model.head.weight.clone()
+    step(trainer, make_batches(trainer, 1)[0])
+    assert not trainer.model.head.weight.equal(before)
 
 
 def test_batches_for_the_papers_sizes_are_full_and_half_images():

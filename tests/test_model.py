@@ -1,4 +1,4 @@
-"""OMP_NUM_THREADS=1 python -m pytest tests/test_model.py   (about 10 seconds)"""
+"""python -m pytest tests/test_model.py   (about 10 seconds)"""
 import itertools
 import math
 import subprocess

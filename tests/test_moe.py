@@ -1,4 +1,4 @@
-"""OMP_NUM_THREADS=1 python -m pytest tests/test_moe.py   (about 5 seconds)"""
+"""python -m pytest tests/test_moe.py   (about 5 seconds)"""
 from functools import partial
 
 import pytest

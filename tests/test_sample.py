@@ -1,4 +1,4 @@
-"""OMP_NUM_THREADS=1 python -m pytest tests/test_sample.py   (about 5 seconds)
+"""python -m pytest tests/test_sample.py   (about 5 seconds)
 
 The tools beside the model: sample, convert, check and experts."""
 import math

@@ -49,7 +49,7 @@ def test_show_with_its_defaults_and_with_mistakes(tmp_path, monkeypatch, capsys)
         tools.show.main([str(out), "-n", "3", "--split", "val", "--mixture", "100-0-0"])  # one row
         assert "[3, 1024]" in capsys.readouterr().out
         tools.show.main(["-n", "70", "--split", "val", "--mixture", "100-0-0"])
-        assert "[70, 256]" in capsys.readouterr().out
+        assert "[70, 128]" in capsys.readouterr().out
     for argv, message in (([str(out), "--mixture", "45-45-10"], "give interleaved 0"),
                           (["--patch-size", "-8"], "--patch-size -8"),
                           (["--splt", "val"], "--split"),

@@ -194,6 +194,9 @@ class Stock(nn.Module):
         each = loss.detach().expand(tokens.numel())  # only its length is looked at
         return Output(loss, torch.zeros_like(loss), each, None)
 
+    def flops(self, tokens, patches=0):
+        return 0  # a Trainer asks for its MFU, which nobody reads
+
 
 def trainee(machine, given, kind=Model):
     """A train.Trainer, whose model may be another kind of module."""

@@ -135,7 +135,7 @@ def draw_mask(batch, out_path):
             axes.axhline(at[0] - 0.5, color="0.5", lw=0.6)
             axes.axvline(at[0] - 0.5, color="0.5", lw=0.6)
     axes.set(xlabel="... may look at this position", ylabel="this position ...")
-    axes.set_title("blue: itself and the past of its document; orange: its image, both ways",
+    axes.set_title("blue: itself and the past of its document; orange: within its image",
                    fontsize=10)
     save(axes.figure, out_path)
 
@@ -156,7 +156,7 @@ def main(argv=None):
     add("--out", default="page.png")
     add("--mask", metavar="FILE", help="draw the attention mask of the first row, too")
     add("--split", choices=("train", "val"), default="train")
-    add("--context", type=int, default=0, help="positions in a row; 0: 1024, 256 for procedural")
+    add("--context", type=int, default=0, help="positions in a row; 0: 1024, 128 for procedural")
     add("--image-size", type=int, default=0, help="0: as packed; 32 for procedural")
     add("--patch-size", type=int, default=0, help="0: 1/16 of the image; 1/4 for procedural")
     add("--mixture", help="as for training; kinds of share 0 are left out (default: all kinds)")
@@ -165,7 +165,7 @@ def main(argv=None):
     real = args.data != "procedural"
     size = args.image_size or (read_meta(args.data)["image_size"] if real else 32)
     patch = args.patch_size or max(1, size // (16 if real else 4))
-    context = args.context or (1024 if real else 256)
+    context = args.context or (1024 if real else 128)
     check(min(size, patch, args.n) > 0 and size % patch == 0 and context > (size // patch)**2 + 1,
           f"show: {args.n} rows of --context {context} with images of --image-size {size} in "
           f"patches of --patch-size {patch} are not possible")
