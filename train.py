@@ -4,13 +4,13 @@
     python train.py --fusion late --width 32 --tokens 1M,2M,4M --out runs/demo
     torchrun --standalone --nproc_per_node 8 train.py --preset 275m --data data/real --tokens 5B
 
-    python train.py --dry-run --gpus 8xh100 --preset 932m --data data/real --tokens 5B
+    python train.py --dry-run --gpus 8xh100x0.4x2.5 --preset 932m --data data/real --tokens 5B
 
 Budgets (--tokens) share one trunk at constant learning rate and branch off it for their cooldowns
 (Haegele et al. 2024; paper, section 4.1). A run that is finished is skipped, one that was
 interrupted goes on where it stopped, and a longer budget starts from the trunk of a shorter one,
-today's or yesterday's. --dry-run says what a run would take, and trains nothing. To train many
-models, use `python -m tools.sweep`.
+today's or yesterday's. --dry-run says what a run would take, and trains nothing; its --gpus names
+their number, the card, the MFU and the dollars an hour. To train many models: tools.sweep.
 
 Dimensions:  B rows in a micro-batch   T context
 """

@@ -4,7 +4,6 @@ Ranks are gloo processes, and graphs are traced with aot_eager, which compiles n
 """
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +30,7 @@ def launch(ranks, *command):
     """Runs a script under torchrun, or without it for one rank -> what it printed."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run([sys.executable, *torchrun * (ranks > 1), *command], text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+                          timeout=300,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

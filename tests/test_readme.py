@@ -6,7 +6,6 @@
 import importlib
 import io
 import json
-import os
 import re
 import shlex
 import shutil
@@ -202,7 +201,7 @@ def run_here(words):
     if tool == "tools.sweep":  # one after the other; tests/test_sweep.py runs real ones
         return [train.main(argv) for argv, _ in sweep.parse_grid(flags)]
     if tool in ("tools.bench", "torch.distributed.run"):  # they measure or start processes
-        return subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return subprocess.run(words, check=True)
     return importlib.import_module(tool.removesuffix(".py")).main(flags)
 
 

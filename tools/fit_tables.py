@@ -283,7 +283,8 @@ def page(args):
     """The sections of results/fits.md."""
     rows = published(args.tables)
     bad = sum(abs(ours - want) > allowed for *_, want, ours, allowed in rows)
-    yield ("# fit_laws.py where the answer is known\n\nMade by `python -m tools.fit_tables TABLES`.\n\n"
+    yield ("# fit_laws.py where the answer is known\n\nMade by `python -m tools.fit_tables TABLES`. "
+           "TABLES is a folder of published tables, which are not part of this project.\n\n"
            "## Published and ours\n\nAllowed: the published standard error where there is one, "
            f"else the digits stated. Outside: {bad} of {len(rows)}.")
     yield markdown(["table", "quantity", "published", "ours", "difference", "allowed"],

@@ -6,6 +6,8 @@
 A finding compares two settings in pairs of runs with the same seed, and so the same data in the
 same order, and all else equal. A difference is in per cent of the loss, or in points of accuracy.
 It is averaged over the pairs of a seed, and the 95 % t-interval is over seeds that have all pairs.
+How a lead changes is its difference at the largest setting minus that at the smallest: + means that
+the lead of the first became smaller.
 
   replicates      the interval leaves out 0, and the sign is the paper's
   does not        the interval leaves out 0, and the sign is not the paper's
