@@ -545,7 +545,7 @@ def draw(studies, path):
             seeds = [runs.rows((runs.N == N) & (runs.D == D)) for D in {*runs.D[runs.N == N]}]
             C, L, sd = zip(*sorted((r.C[0], r.L.mean(), r.L.std()) for r in seeds))
             ax.errorbar(C, L, sd, elinewidth=1.5, **look | {"lw": 0.6})
-            sizes[N] = max(sizes.get(N, (0, 0)), (L[0], C[0]))
+            sizes[N] = max(sizes.get(N, (0, 0)), (L[-1], C[-1]))
         C = np.r_[np.geomspace(runs.C.min(), runs.C.max()), runs.C.max() * np.geomspace(1, 5)]
         best = [at_budget(s, x)[0] for x in C]
         L, *band = np.array([(b["loss"], *(b["ci"]["loss"] or [np.nan] * 2)) for b in best]).T
@@ -555,10 +555,11 @@ def draw(studies, path):
     for floor in {round(s.runs.floor, 4) for s in studies if s.runs.floor > 0}:
         ax.axhline(floor, color="0.4", ls="-.", label=f"true floor {floor}")
     for N, (L, C) in sorted(sizes.items())[:: len(sizes) // 7 + 1]:
-        ax.text(1.1 * C, 1.02 * L, f"{N:,.0f}", rotation=30, rotation_mode="anchor")
+        ax.text(1.1 * C, 1.02 * L, f"{N:,.0f}", rotation=30, rotation_mode="anchor",
+                bbox={"fc": "w", "lw": 0, "pad": 0.5, "alpha": 0.8})
     ax.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"loss ({runs.unit})")
     ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-    page = ax.legend(title="thin: one N; band: 95 %; dashed: no runs").figure
+    page = ax.legend(title="thin: one N; thick: best N, 95 % band; dashed: no runs").figure
     write(path, lambda path: page.savefig(path, dpi=150))
 
 
