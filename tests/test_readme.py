@@ -62,8 +62,6 @@ def small(words):
         words += ["--image-size", "32", "--tokenizer", "bytes", "--val-fraction", "0.2"]
     if {"fit_laws.py", "tools.laws_more", "tools.multiplier"} & set(words):
         words += ["--bootstrap", "20"]
-    if "tools.bench" in words and "--only" not in words:
-        words += ["--only", "overhead,scaling"]
     return words
 
 
