@@ -475,8 +475,8 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path):
     pack(sources, a, **options)
     command = [sys.executable, "-m", "tools.pack", "--captions", tars, "--image-size", "64",
                "--val-fraction", "0.1", "--workers", "2", "--out", str(b)]
-    process = subprocess.Popen(command, cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
     while process.poll() is None and not list(b.rglob("*.tmp")):
         time.sleep(0.01)
     process.kill()

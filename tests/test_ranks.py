@@ -30,8 +30,7 @@ def launch(ranks, *command):
     """Runs a script under torchrun, or without it for one rank -> what it printed."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run([sys.executable, *torchrun * (ranks > 1), *command], text=True,
-                          timeout=300,
-                          capture_output=True)
+                          timeout=300, capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -277,7 +277,8 @@ def compare(bench, size, kinds, rounds, marks, ratios=(), extra=None, note=""):
         took["early FLOPs"] = took["early"] * flops["late"] / flops["early"]
     for name, mark in marks.items():
         seconds, share = np.median(took[name]), flops[name] / took[name] / rate
-        yield Row(f"{size} {name}, share of {'peak' if bench.machine.peak else 'the GEMM rate'}", share, mark,
+        of = "peak" if bench.machine.peak else "the GEMM rate"
+        yield Row(f"{size} {name}, share of {of}", share, mark,
                   f"{1e3 * seconds:,.0f} ms, {tokens / seconds:,.0f} tokens/s, "
                   f"{np.median(flops[name]) / tokens / 1e6:,.1f} MFLOP/token")
     for what, names, mark in ratios:

@@ -20,9 +20,9 @@ from types import SimpleNamespace
 import numpy as np
 from scipy.optimize import brentq
 
-from fit_laws import (DELTA, NAMES, build_problem, check, derive, encoder, gather, interval, minimise,
-                      number, optimum, parse_args, projected_starts, residual, screen, span,
-                      write_json)
+from fit_laws import (DELTA, NAMES, build_problem, check, derive, encoder, gather, interval,
+                      minimise, number, optimum, parse_args, projected_starts, residual, screen,
+                      span, write_json)
 from tools import end_with_the_pipe
 from tools.sizes import in_flops
 
@@ -184,7 +184,7 @@ def sparse_law(runs, weights):
     levels, member = np.unique(active.round(6), return_inverse=True)
     if len(levels) < 3:
         return None
-    problem = build_problem(SimpleNamespace(**vars(runs), active=active), DELTA, SPARSE, 5)
+    problem = build_problem(SimpleNamespace(**vars(runs), active=active), slopes=SPARSE, terms=5)
     plain = build_problem(runs)
     grids = [(-0.4, -0.1, 0.1, 0.4) if variable == "active" else np.geomspace(0.1, 1.2, 4)
              for _, variable in SPARSE]

@@ -195,8 +195,7 @@ def main(argv=None):
         if args.json:
             trained = finished(folder.parent).get(folder.name, {"run": folder.name})
             with open(args.json, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**trained, **row, "scored": source,
-                                       "study": folder.parent.name}) + "\n")
+                file.write(json.dumps({**trained, **row, "scored": source}) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,16 +29,16 @@ SHARES = tuple(f"{kind}_share" for kind in KINDS)  # of the mixture, per cent
 
 
 def read(paths):
-    """The rows of all files, each with its study: what it says itself, or its folder. Of a run that
-    a file has twice in one study, the last."""
+    """The rows of all files, each with its study: what it says itself, or the folder of its file. Of
+    a run that a file has twice in one study, the last."""
     rows = {}
     for path in map(Path, paths):
-        study, path = path.name, path / "results.jsonl" if path.is_dir() else path
+        path = path / "results.jsonl" if path.is_dir() else path
         check(path.is_file(), f"{path} does not exist: name folders that train.py wrote to (--out)")
         for row in map(json_row, path.read_text("utf-8", "replace").splitlines()):
             if "run" in row:  # or the line is broken, as where a disk was full
-                row["study"] = row.get("study", study)
-                rows[path, row["study"], row["run"], row.get("scored")] = row
+                study = row.setdefault("study", path.resolve().parent.name)
+                rows[path, study, row["run"], row.get("scored")] = row
     check(rows, f"{', '.join(paths)}: no run has ended yet")
     for row in rows.values():
         if "mixture" in row:
