@@ -53,7 +53,7 @@ from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_che
 # Fields that say how or where a run is computed, not what: they are no part of its identity.
 HOW = ("out", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device", "compile",
        "attention", "experts_by", "shard", "workers", "checkpointing")
-SIZES = {**PRESETS, "laptop": dict(width=64, depth=4, context=128, image_size=32, patch_size=8,
+SIZES = {**PRESETS, "laptop": dict(width=48, depth=4, context=128, image_size=32, patch_size=8,
                                    tokens_per_step=512)}
 # Published dense bf16 FLOP/s and memory in bytes, to tell MFU and to plan.
 CARDS = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
@@ -68,7 +68,7 @@ class TrainConfig:
     preset: str = "laptop"  # laptop, or a size of the paper's Table 6: 275m .. 8.13b, late 289m ..
     init: str = ""  # start from the weights of this run's folder ({seed} = its own) (5.12, 5.13)
     init_vision: str = ""  # late fusion: start from the encoder of this run (5.12)
-    tokens: str = "4M"  # D, training tokens, as 500K or 2B; several, as 1M,2M, share a trunk
+    tokens: str = "3M"  # D, training tokens, as 500K or 2B; several, as 1M,2M, share a trunk
     tokens_per_step: int = 2048 * 1024  # over all ranks, laptop 512; accumulation is derived
     micro_rows: int = 0  # rows at once on a device; 0 = what memory should allow
     lr: float = 0.0  # peak learning rate; 0 = by width: the paper's Table 6; laptop .024/sqrt(W)
