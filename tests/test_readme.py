@@ -1,4 +1,4 @@
-"""Every command of the README and of results/experiments.md runs, small and in order.
+"""Every command of the README, of results/experiments.md and of the lecture runs, small, in order.
 
     python -m pytest tests/test_readme.py -q
 """
@@ -23,6 +23,7 @@ from tools import sweep
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXPERIMENTS = (ROOT / "results" / "experiments.md").read_text(encoding="utf-8")
+LECTURE = (ROOT / "results" / "lecture.md").read_text(encoding="utf-8")
 SMALL = ("--preset laptop --width 16 --depth 1 --context 128 --image-size 32 --patch-size 8 "
          "--tokens 2K,4K --tokens-per-step 512 --warmup 2 --val-rows 2 --device cpu").split()
 
@@ -198,7 +199,7 @@ def run_here(words):
     tool, *flags = words[2:] if words[1] == "-m" else words[1:]
     if tool == "tools.sweep":  # one after the other; tests/test_sweep.py runs real ones
         return [train.main(argv) for argv, _ in sweep.parse_grid(flags)]
-    if tool in ("tools.bench", "torch.distributed.run"):  # they measure or start processes
+    if tool in ("world.py", "tools.bench", "torch.distributed.run"):  # they take a process
         return subprocess.run(words, check=True)
     return importlib.import_module(tool.removesuffix(".py")).main(flags)
 
@@ -218,6 +219,23 @@ def test_the_experiments_run_in_their_order(workplace, monkeypatch, capsys):
         except SystemExit as error:
             pytest.fail(f"{command}\n{error}\n{capsys.readouterr().out[-1000:]}")
     assert len(todo) >= 30
+
+
+def test_the_lecture_runs_with_its_exercises(workplace, monkeypatch, capsys):
+    """Its five live commands and those of the answers, which stand in the text as `python ...`."""
+    monkeypatch.chdir(workplace)
+    todo = commands(LECTURE) + [" ".join(c.split()) for c in re.findall(r"`(python [^`]+)`", LECTURE)]
+    for command in todo:
+        words = [sys.executable, *shlex.split(command)[1:]]
+        if {"train.py", "tools.sweep"} & set(words) and "--dry-run" not in words:
+            words = small(words) + ["--tokens", "4K", "--seed", "0"]
+            words += ["--eval-every", "4"] * ("--eval-every" in words)
+        try:
+            run_here(words)
+        except SystemExit as error:
+            said = capsys.readouterr().out[-1000:]
+            assert error.code == 0, f"{command}\n{error}\n{said}"  # a dry run exits with 0
+    assert len(todo) >= 10
 
 
 def test_what_is_not_run_here_is_at_least_well_formed():
