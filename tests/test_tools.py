@@ -145,6 +145,10 @@ def test_a_plot_against_a_share_of_the_mixture(capsys, tmp_path, monkeypatch):
     sd = np.round(np.array([[0.02, 0.07], [0.04, 0.14]]) * 2 ** 0.5, 6).tolist()
     assert drawn == [("early fusion", [20, 70], [0.2, 0.7], sd[0]),
                      ("late fusion", [20, 70], [0.2, 0.7], sd[1])]
+    drawn.clear()  # early above late, in pairs of one seed: 0.9 / 0.8 and 1.1 / 1.2
+    cells(capsys, tmp_path, rows, *flags, "--against", "fusion=late")
+    (_, _, means, _), = drawn
+    assert means == pytest.approx(2 * [50 * (0.9 / 0.8 + 1.1 / 1.2) - 100], abs=1e-5)
 
 
 def test_curves_of_any_folders_over_tokens_flops_and_seconds(study, sft_run, monkeypatch, capsys):

@@ -2,12 +2,14 @@
 
     python -m tools.table runs/moe --by moe,experts,top_k --against moe=none
     python -m tools.table runs/shares --by fusion --plot caption_share --out shares.png
+    python -m tools.table runs/demo --by width,moe --against moe=none --plot tokens_per_parameter
     python -m tools.table runs/before runs/after --by study,width --against study=before
 
 Reads OUT/results.jsonl of train.py, or any file of such rows, as tools.score writes. ± is the
 standard deviation over seeds. The last column is the difference to another line with its 95 %
 t-interval. It is of pairs with one seed, because the noise that they share (the same data in the
-same order) cancels; where no seed is shared, it is Welch's.
+same order) cancels; where no seed is shared, it is Welch's. With --against, --plot draws these
+differences of pairs in per cent of the other line.
 """
 import re
 from difflib import get_close_matches
@@ -24,7 +26,7 @@ from train import Parser
 from world import KINDS
 
 MEASURED = re.compile(r"(loss|floor|accuracy|cider|peak|wall|tok_per)\w*|N(_\w+)?|C|D_vision"
-                      r"|padding|\w+_share|n_scored|run|seed|device|world_size|torch|git|status")
+                      r"|padding|tokens_per_parameter|\w+_share|n_scored|run|seed|device|world_size|torch|git|status")
 SHARES = tuple(f"{kind}_share" for kind in KINDS)  # of the mixture, per cent
 
 
@@ -47,6 +49,8 @@ def read(paths):
         row["experts"] = row.get("n_experts")  # as the flag is called
         if "steps" in row:  # the D of a diverged run is where it ended
             row["D"] = row["steps"] * row["tokens_per_step"]
+        if row.get("N") and row.get("D"):
+            row["tokens_per_parameter"] = float(f"{row['D'] / row['N']:.3g}")
     return list(rows.values())
 
 
@@ -110,6 +114,20 @@ def difference(these, those):
     return f"{np.mean(a) - np.mean(b):+.4f} [{low:+.4f}, {high:+.4f}]{welch}"
 
 
+def most_like(key, lines):
+    return max(lines, key=lambda other: sum(a == b for a, b in zip(other, key)))
+
+
+def drawn(groups, key, metric, against):
+    """Numbers to draw of a line, one a seed: its metric, or its difference in per cent to the line
+    most like it, for the seeds that both have."""
+    values = measured(groups[key], metric)
+    if not against:
+        return [*values.values()]
+    others = measured(groups[most_like(key, against)], metric)
+    return [100 * (values[seed] / others[seed] - 1) for seed in values.keys() & others.keys()]
+
+
 def table(groups, fields, metrics, against):
     """Rows of cells. Each line is compared with the one of the lines `against` most like it."""
     rows = [row for seeds in groups.values() for row in seeds.values()]
@@ -120,7 +138,7 @@ def table(groups, fields, metrics, against):
         row, losses = next(iter(seeds.values())), measured(seeds, metrics[0])
         bad = sum(row.get("status", "ok") != "ok" for row in seeds.values())
         speed = np.mean([row.get("tok_per_s") or 0 for row in seeds.values()])
-        like = max(against, key=lambda other: sum(a == b for a, b in zip(other, key)))
+        like = most_like(key, against)
         yield [*(str(row.get(field, "—")) for field in shown),
                f"{len(seeds) - bad}" + (f" (+ {bad} diverged)" if bad else ""),
                *(f"{row.get(size, 0):,}" for size in sizes),
@@ -130,22 +148,24 @@ def table(groups, fields, metrics, against):
                difference(losses, measured(groups[like], metrics[0]))]
 
 
-def plot(groups, fields, metrics, out):
+def plot(groups, fields, metrics, against, label, out):
     """The last field across, a panel a metric, a line for each value of the other fields: the mean
-    over seeds and its standard deviation."""
+    over seeds and its standard deviation. Lines to compare with are not drawn."""
     page, axes = panels(len(metrics))
-    rows, values = [*chain(*(s.values() for s in groups.values()))], {key[-1] for key in groups}
-    unit = "byte" if all(row.get("data") == "procedural" for row in rows) else "token"
+    shown, values = [key for key in groups if key not in against], {key[-1] for key in groups}
+    tells = [i for i in range(len(fields) - 1) if len({key[i] for key in shown}) > 1]
     for panel, metric in zip(axes, metrics):
-        lines = groupby(groups.items(), lambda item: item[0][:-1])
-        for k, (line, items) in enumerate(lines):
-            points = [(key[-1], [*measured(seeds, metric).values()]) for key, seeds in items]
+        lines = groupby(shown, lambda key: key[:-1])
+        for k, (line, keys) in enumerate(lines):
+            points = [(key[-1], drawn(groups, key, metric, against)) for key in keys]
             points = [(x, *mean_sd(values)) for x, values in points if values]
-            panel.errorbar(*np.reshape(points, (-1, 3)).T, capsize=3, label=words(fields, line),
-                           **style(k))
+            panel.errorbar(*np.reshape(points, (-1, 3)).T, capsize=3, **style(k),
+                           label=words({fields[i]: line[i] for i in tells}))
         panel.set_title(f"{metric} (± over seeds)".replace("_", " "), fontsize=10)
         panel.set_xlabel(fields[-1].replace("_share", " (% of the rows)").replace("_", " "))
-        panel.set_ylabel(f"nats a {unit}" if metric.startswith("loss") else "")
+        panel.set_ylabel(label if against or metric.startswith("loss") else "")
+        if against:
+            panel.axhline(0, color="black", lw=0.8)
         if 0 < min(values) <= max(values) / 8:
             panel.set_xscale("log")
         if len(values) < 9:
@@ -157,9 +177,8 @@ def plot(groups, fields, metrics, out):
     save(page, out)
 
 
-def words(fields, values):
+def words(known):
     """A line's name in the legend, "early fusion, 8 experts" rather than the names of flags."""
-    known = dict(zip(fields, values))
     text = {"fusion": "{} fusion", "experts": "{} experts", "moe": "{} mixture of experts"}
     if known.get("moe") == "none":
         text |= {"moe": "dense", "experts": "", "n_experts": "", "top_k": "", "granularity": ""}
@@ -207,7 +226,9 @@ def main(argv=None):
     if diverged := [row["run"] for row in rows if row.get("status", "ok") != "ok"]:
         print(f"\nleft out of the means, as they diverged: {', '.join(diverged)}")
     if across:
-        plot(groups, fields, metrics, args.out)
+        unit = "byte" if all(row.get("data") == "procedural" for row in rows) else "token"
+        label = f"above {args.against} (%)" if against else f"nats a {unit}"
+        plot(groups, fields, metrics, lines if against else [], label, args.out)
 
 
 if __name__ == "__main__":
