@@ -8,6 +8,9 @@ parabolas, one exponent for N and D against two, the law of sparsity, how far th
 rows or delta change, and profile intervals, which hold even where resampling fails. Groups that
 differ in their mixture only also get one alpha and beta. --plan prints what the paper's own
 coefficients say at --budget. The other flags choose rows and groups as in fit_laws.py.
+
+c of fit_laws.py is the slope of the best runs' losses. c_regression, as in App. C.2, is that of the
+best losses which the law predicts, also where no run had them, so the two need not agree.
 """
 
 # Dimensions: n rows (runs), T terms of a law, P coefficients, K resamples, Q budgets, M groups.
