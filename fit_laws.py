@@ -32,6 +32,7 @@ import difflib
 import json
 import operator
 import re
+import signal
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -631,4 +632,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # `| head` ends it without a traceback
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()
