@@ -73,7 +73,7 @@ class TrainConfig:
     micro_rows: int = 0  # rows at once on a device; 0 = what memory should allow
     lr: float = 0.0  # peak learning rate; 0 = by width: the paper's Table 6; laptop .024/sqrt(W)
     vision_lr: float = 1.0  # late fusion: the encoder's share of the rate, 0 = frozen (Table 8)
-    warmup: int = 0  # steps; 0 = the paper's 1000 to 5000 by run length, 64 for laptop runs
+    warmup: int = 0  # steps; 0 = the paper's 1000 to 5000 by the shortest budget, laptop 64
     cooldown: float = 0.2  # final share of the steps, in which the rate falls to 0
     weight_decay: float = 1e-4  # per step at the peak rate (fully decoupled; paper, App. A)
     grad_clip: float = 1.0  # norm of the gradient; 0 = no clipping
@@ -155,7 +155,9 @@ def make_runs(given):
     values["vocab_size"] = max(values.get("vocab_size", 0), words)
     runs = [make_run({**values, "tokens": tokens}, given)
             for tokens in dict.fromkeys(asked.tokens.split(","))]
-    return sorted(runs, key=lambda run: run.steps)
+    first, *_ = runs = sorted(runs, key=lambda run: run.steps)
+    # the shortest one's warmup for all: otherwise budgets of a preset would share no trunk
+    return [replace(run, train=replace(run.train, warmup=first.train.warmup)) for run in runs]
 
 
 def make_run(values, given):
@@ -637,7 +639,8 @@ def distribute(model, shard, machine):
     weights, gradients and moments, and gathers each block when it runs: for what DDP cannot hold.
     Inputs keep their dtype, because RoPE's angles in bf16 would not tell positions apart."""
     if shard:
-        check(machine.ranks > 1, "--shard divides a model over several GPUs: start it by torchrun")
+        check(machine.ranks > 1, "--shard divides a model over several GPUs: start it by "
+              "torchrun, or by tools.sweep --ranks")
         policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
         mesh = dist.init_device_mesh(machine.device.type, (machine.ranks,))
         for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:

@@ -76,13 +76,27 @@ def test_children_die_with_a_parent_that_is_killed(tmp_path):
     assert now == sizes_before and not train.finished(tmp_path)
 
 
-def test_a_stopped_sweep_saves_and_says_so(tmp_path):
-    process = start(tmp_path, "--width", "16,24", "--tokens", "2M", "--save-every", "1000000")
-    wait_for(tmp_path, "*/log.jsonl", process)
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_stopped_sweep_saves_and_says_so(tmp_path, ranks):
+    """Two ranks are torchrun's, which passes the signal on."""
+    process = start(tmp_path, "--width", "16,24", "--tokens", "2M", "--save-every", "1000000",
+                    "--ranks", ranks)
+    wait_for(tmp_path, "*/speed.jsonl", process)
     process.terminate()
     _, errors = process.communicate()
     assert process.returncode == 130 and "goes on from here" in errors
-    assert "killed" not in errors
+    assert "killed" not in errors and list(tmp_path.glob("*/ckpt.pt"))
+
+
+def test_each_model_on_two_ranks_gives_the_numbers_of_one(tmp_path):
+    for ranks in ("1", "2"):
+        process = start(tmp_path / ranks, "--tokens", "3K,5K", "--width", "16", "--ranks", ranks)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    one, two = (train.finished(tmp_path / ranks) for ranks in ("1", "2"))
+    assert [row["world_size"] for row in [*one.values(), *two.values()]] == [1, 1, 2, 2]
+    for name, row in one.items():
+        assert two[name]["loss"] == pytest.approx(row["loss"], rel=1e-4)
 
 
 def test_a_child_that_is_killed_is_named_and_the_others_go_on(tmp_path):
@@ -99,6 +113,7 @@ def test_a_child_that_is_killed_is_named_and_the_others_go_on(tmp_path):
 @pytest.mark.parametrize("flags,words", [
     (["--width", "16,33"], "width 33"), (["--widht", "16,32"], "--width"),
     (["--part", "3/2"], "--part 3/2"), (["16"], "16"), (["--jobs", "-1"], "--jobs -1"),
+    (["--ranks", "0"], "--ranks 0"), (["--dry-run", "--ranks", "2", "--gpus", "1xh100"], "--ranks 2"),
     (["--part", "2/2"], "--part 2/2"), (["--part", "²/2"], "--part")])
 def test_mistakes_end_in_one_clear_line_before_anything_is_trained(tmp_path, flags, words):
     with pytest.raises(SystemExit, match=words) as error:
@@ -110,10 +125,13 @@ def test_each_gpu_gets_a_run(monkeypatch):
     monkeypatch.setattr(sweep.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert sweep.places("auto", 0) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "012"]
+    assert sweep.places("auto", 0, 1) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "012"]
+    assert sweep.places("auto", 0, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}]
+    with pytest.raises(SystemExit, match="--ranks 4"):
+        sweep.places("auto", 0, 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert sweep.places("cuda", 1) == [{"CUDA_VISIBLE_DEVICES": "5"}]
-    assert sweep.places("cpu", 4) == [{"OMP_NUM_THREADS": "1"}] * 4
+    assert sweep.places("cuda", 1, 1) == [{"CUDA_VISIBLE_DEVICES": "5"}]
+    assert sweep.places("cpu", 4, 1) == [{"OMP_NUM_THREADS": "1"}] * 4
 
 
 # -- sizes -----------------------------------------------------------------------------------------

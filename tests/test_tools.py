@@ -10,7 +10,7 @@ import pytest
 
 import train
 from data import encode, expand, get_tokenizer
-from tools import curves, plan, score, sizes, table
+from tools import curves, plan, score, sizes, sweep, table
 from world import QUESTIONS
 
 ENCODING = get_tokenizer()
@@ -365,6 +365,18 @@ def test_a_dry_run_for_gpus_that_are_not_here(capsys):
     assert "of 80" in said and "OBELICS" in said and "DCLM" in said
     with pytest.raises(SystemExit, match="checkpointing|shard"):
         plan.main(["--preset", "8.13b", "--tokens", "10B", "--gpus", "1xa100"])
+
+
+def test_a_dry_run_of_a_sweep_adds_up(capsys):
+    """6 N D at MFU 0.5; the shorter budget costs its cooldown only, a fifth of it. Of two sizes on
+    two GPUs the larger takes longer, on one they follow each other."""
+    flags = ["--preset", "275m,464m", "--tokens", "1B,4B", "--dry-run", "--gpus"]
+    larger, smaller = (6 * N * (4e9 + 0.2e9) / (989e12 * 0.5) / 3600
+                       for N in (464_027_648, 274_841_600))
+    for gpus, dollars in ((1, larger + smaller), (2, 2 * larger)):
+        sweep.main([*flags, f"{gpus}xh100x0.5x1"])
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert f"all 4 runs, {gpus} at a time" in last and f" {dollars:.0f} dollars" in last
 
 
 @pytest.mark.parametrize("gpus", ["8xh100x4", "0xh100", "8xtpu", "8", "8xh100x0.4x-1", "xxxxxx",

@@ -130,12 +130,14 @@ def test_a_longer_budget_tomorrow_starts_from_todays_trunk(tmp_path, capsys):
 
 
 def test_a_trunk_that_does_not_serve_is_named(tmp_path, capsys):
-    """A preset's warmup depends on the budget."""
+    """A preset's warmup depends on the shortest budget."""
     flags = "--preset 275m --warmup 0 --image-size 32 --patch-size 8".split()
     trained(tmp_path, *flags, "--tokens", "10K")
     trained(tmp_path, *flags, "--tokens", "20K")
     said = capsys.readouterr().out
     assert "trunk.pt" in said and "warmup" in said and "from step" not in said
+    trained(tmp_path, *flags, "--tokens", "10K,20K", "--seed", "1")
+    assert "another warmup" not in capsys.readouterr().out
 
 
 def test_an_edit_of_the_code_is_trained_anew(tmp_path, capsys, monkeypatch):

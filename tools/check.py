@@ -26,7 +26,7 @@ import torch
 import train
 from model import Attention, Model, attention_mask, block_mask, rope_table, training_memory
 from moe import grouped_experts, grouped_mm_is_fast, looped_experts
-from tools.bench import random_batch, step, step_flops
+from tools.bench import random_batch, step
 
 LIMIT = 0.02  # of the norm. Rounding to bf16 makes 0.005 to 0.01, a wrong mask more than 0.5.
 
@@ -157,14 +157,17 @@ def rates(run, machine):
 
 
 def speed(run, machine):
-    """A step of the model with two micro-steps, on random rows with two documents each."""
+    """A step of the model with two micro-steps, on random rows with two documents each. FLOPs are
+    the paper's 6 N D, as in speed.jsonl and --gpus."""
+    if run.train.shard or machine.memory and not train.rows_that_fit(run.model, machine, False) > 0:
+        return "not measured, because one GPU does not hold it: it needs --shard"
     trainer = train.Trainer(run, machine)
     trainer.accumulation = 2
     batch = train.to_device(random_batch(run.model, trainer.rows, np.random.default_rng(0)),
                             machine)
     took = seconds(partial(step, trainer, batch), machine) / 2  # seconds a micro-step
     tokens = trainer.rows * run.model.context
-    flops = step_flops(run.model, tokens, len(batch["images"]), len(batch["target_index"])) / took
+    flops = trainer.model.flops(tokens, len(batch["images"]) * run.model.n_patches) / took
     told = (f"{trainer.rows} rows x {run.model.context} in {1e3 * took:,.0f} ms, "
             f"{tokens / took:,.0f} tokens/s, {flops / 1e12:.2f} TFLOP/s")
     if machine.peak:
@@ -173,6 +176,8 @@ def speed(run, machine):
         fixed, row = training_memory(run.model)
         told += (f"; memory {train.peak_memory(machine) * 2**20 / 1e9:.1f} GB, by the arithmetic "
                  f"{(fixed + trainer.rows * row) / 1e9:.1f}")
+        del trainer, batch
+        torch.cuda.empty_cache()  # so that the ranks that are tried next have it
     return told
 
 
@@ -205,6 +210,9 @@ def main(argv=None):
         avoid = [flag for name, (work, flag) in checks.items()
                  if not fine(name, work, run, machine)]
     launch = f"torchrun --standalone --nproc_per_node {ranks}" if cuda and ranks > 1 else "python"
+    for flag, example in (("--data", "data/real"), ("--tokens", "5B")):  # of a preset
+        if cuda and flag not in [word.partition("=")[0] for word in words]:
+            words += [flag, example]
     print(f"train with: {launch} train.py {' '.join([*words, *filter(None, avoid)])}")
     if avoid:
         raise SystemExit("something is wrong on this machine: the flags at the end avoid it")

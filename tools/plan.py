@@ -2,10 +2,13 @@
 
     python train.py --dry-run --preset 275m                     on this machine, timed here
     python train.py --dry-run --preset 932m --tokens 100B --gpus 8xh100x0.4x2.5
+    python -m tools.sweep --dry-run --preset 275m,464m --tokens 1B,2B --gpus 8xh100x0.4x2.5
 
 --gpus names the number of GPUs, the card, the MFU (0.4 where none is given) and the dollars for an
-hour of one. All other flags are train.py's.
+hour of one. All other flags are train.py's. Of several runs, the last line is their sum, in which
+budgets share their trunks and each run has the GPUs that tools.sweep --ranks would give it.
 """
+import heapq
 import os
 import time
 from dataclasses import dataclass, replace
@@ -56,28 +59,51 @@ def mean_positions(loader):
 
 
 def plan(run, place, machine):
-    """Lines for a person. place: Cards, or the machine itself, whose speed is then measured."""
+    """Lines for a person, seconds of training, GB on disk. place: Cards, or the machine itself,
+    whose speed is then measured."""
     cfg, shape, D = run.train, run.model, run.steps * run.train.tokens_per_step
     loader = Loader(run.data, cfg.seed, shape.context, shape.image_size, shape.patch_size)
     text, image = mean_positions(loader)
     model, (micro_rows, times) = on_meta(shape), train.divide_step(run, place)
     n, C = model.num_params(), model.flops(D, image / shape.context * D)
-    yield (f"{run.name}: N {n['N']:,}, D {D:,}, C {C:.3g} FLOPs, {run.steps:,} steps of "
-           f"{micro_rows} rows x {times} micro-steps x {place.ranks} ranks")
+    head = (f"{run.name}: N {n['N']:,}, D {D:,}, C {C:.3g} FLOPs, {run.steps:,} steps of "
+            f"{micro_rows} rows x {times} micro-steps x {place.ranks} ranks, warmup {cfg.warmup}")
     if place is machine:
         seconds, told = measured_seconds(run, machine), f"{machine.name}, as measured just now"
     else:
         seconds = C / place.ranks / place.peak / place.mfu
         price = seconds / 3600 * place.ranks * place.price
         told = f"{place.ranks} {place.name} at MFU {place.mfu:g}, {price:,.0f} dollars"
-    yield f"time: {timedelta(seconds=round(seconds))} on {told}"
+    lines = [head, f"time: {timedelta(seconds=round(seconds))} on {told}"]
     if place.memory:
         fixed, row = training_memory(shape, place.ranks, cfg.shard)
-        yield f"memory: {(fixed + row * micro_rows) / 1e9:.1f} GB of {place.memory / 1e9:.0f}"
-    yield f"disk: {24 * n['N_total'] / 1e9:.2f} GB for ckpt.pt and trunk.pt"
-    yield f"padding: {1 - (text + image) / shape.context:.1%} of the positions, of {run.data.data} data"
-    yield from (line_of(kind, share, run, loader) for kind, share in loader.shares.items())
-    yield from (f"note: {note}" for note in train.notes(run, loader))
+        lines += [f"memory: {(fixed + row * micro_rows) / 1e9:.1f} GB of {place.memory / 1e9:.0f}"]
+    disk, padding = 24 * n["N_total"] / 1e9, 1 - (text + image) / shape.context
+    lines += [f"disk: {disk:.2f} GB for ckpt.pt and trunk.pt",
+              f"padding: {padding:.1%} of the positions, of {run.data.data} data",
+              *(line_of(kind, share, run, loader) for kind, share in loader.shares.items()),
+              *(f"note: {note}" for note in train.notes(run, loader))]
+    return lines, seconds, disk
+
+
+def tell(jobs, cards, machine, ranks, at_once):
+    """Prints the plan of each of jobs, which are lists of runs with one trunk and have so many
+    ranks, and the sum of all, of which so many train at once."""
+    machine, free, disk = replace(machine, ranks=ranks), [0.0] * at_once, 0.0
+    place = replace(cards, ranks=ranks) if cards else machine
+    for runs in jobs:
+        took = 0.0
+        for run in runs:
+            lines, seconds, size = plan(run, place, machine)
+            print(*lines, sep="\n", flush=True)
+            cooldown = 1 - run.branch / run.steps  # only the longest budget pays for the trunk
+            took, disk = took + seconds * (1 if run is runs[-1] else cooldown), disk + size
+        heapq.heapreplace(free, free[0] + took)  # it starts where the first becomes free
+    if sum(map(len, jobs)) > 1:
+        hours = max(free) / 3600
+        price = f", {hours * cards.ranks * cards.price:,.0f} dollars" if cards else ""
+        print(f"all {sum(map(len, jobs))} runs, {min(at_once, len(jobs))} at a time: "
+              f"{timedelta(hours=round(hours, 2))}{price}, {disk:,.2f} GB of disk")
 
 
 def line_of(kind, share, run, loader):
@@ -91,7 +117,8 @@ def line_of(kind, share, run, loader):
         return line
     name, words, images = SAMPLES[kind]
     samples = tokens / (words + images * shape.n_patches)
-    size = samples * (4 * words + images * 3 * (shape.image_size * 8 / 7) ** 2)
+    # a short side of 8/7 is kept, for crops, and a photograph is a third longer than high
+    size = samples * (4 * words + images * 3 * (shape.image_size * 8 / 7) ** 2 * 4 / 3)
     return f"{line}; of {name}: {samples:,.0f} samples, {size / 1e9:,.1f} GB packed"
 
 
@@ -118,9 +145,7 @@ def main(argv=None):
         return
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     machine = replace(train.Machine.start(runs[0].train.device), ranks=ranks)
-    for run in runs:
-        for line in plan(run, args.gpus or machine, machine):
-            print(line, flush=True)
+    tell([runs], args.gpus, machine, args.gpus.ranks if args.gpus else ranks, at_once=1)
 
 
 if __name__ == "__main__":

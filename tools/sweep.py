@@ -2,11 +2,14 @@
 
     python -m tools.sweep --fusion early,late --width 16,32 --tokens 1M,2M --seed 0,1 --out runs/x
     python -m tools.sweep ... --part 2/4        on the second of four machines that share a study
+    python -m tools.sweep ... --ranks 8         each model on eight GPUs, one model after the other
+    python -m tools.sweep ... --dry-run --gpus 8xh100x0.4x2.5       what all of it would take
 
 Budgets (--tokens) stay together, because they share a trunk. A machine with GPUs trains one model
-on each of them; a CPU trains one a core, each on one thread, because two threads on one small model
-are slower than two models on a thread each. All other flags go to train.py. Stop it when you like:
-the same command goes on where it stopped.
+on each of them, or on --ranks of them by torchrun; a CPU trains one a core, each on one thread,
+because two threads on one small model are slower than two models on a thread each. What a run says
+goes to OUT/logs/RUN.log. All other flags go to train.py. Stop it when you like: the same command
+goes on where it stopped.
 """
 import itertools
 import json
@@ -22,7 +25,7 @@ from tqdm import tqdm
 
 import train
 from data import check
-from tools import usable_cores
+from tools import plan, usable_cores
 
 
 def parse_grid(words):
@@ -55,26 +58,33 @@ def cost(run):
     return 72 * run.steps * run.train.tokens_per_step * run.model.width ** 2 * run.model.depth
 
 
-def places(device, jobs):
-    """Environment variables for each process at a time: one a GPU, or one a core."""
+def places(device, jobs, ranks):
+    """Environment variables for each model at a time: one on so many GPUs, or on so many cores."""
     if device not in ("cpu", "mps") and torch.cuda.is_available():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
             map(str, range(torch.cuda.device_count())))
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in seen.split(",")][:jobs or None]
+        gpus = seen.split(",")
+        check(len(gpus) >= ranks, f"--ranks {ranks}: this machine has {len(gpus)} GPUs")
+        groups = [gpus[i:i + ranks] for i in range(0, len(gpus) - ranks + 1, ranks)]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups][:jobs or None]
     if device == "mps" or device == "auto" and torch.backends.mps.is_available():
         return [{}]
-    return [{"OMP_NUM_THREADS": "1"}] * (jobs or usable_cores())
+    return [{"OMP_NUM_THREADS": "1"}] * (jobs or max(1, usable_cores() // ranks))
 
 
-def start(argv, run, place):
-    """A child that trains, its output in OUT/logs/RUN.log."""
+def start(argv, run, place, ranks):
+    """A child that trains, its output in OUT/logs/RUN.log; several ranks are torchrun's. These are
+    no part of our group of processes, because torchrun would pass a Ctrl-C on to ranks that have
+    got it already."""
     path = run.folder.parent / "logs" / f"{run.name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # by torchrun or slurm, but each child is alone
     env = {k: v for k, v in os.environ.items() if k not in launched} | place
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node {ranks}".split()
     with open(path, "a", encoding="utf-8") as log:
-        child = subprocess.Popen([sys.executable, "-m", "tools.sweep", "--child", *argv], env=env,
-                                 stdin=subprocess.PIPE, stdout=log, stderr=log)
+        child = subprocess.Popen(
+            [sys.executable, *launch * (ranks > 1), "-m", "tools.sweep", "--child", *argv], env=env,
+            stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=ranks > 1)
     child.log, child.asked = path, False  # asked to stop
     return child
 
@@ -112,7 +122,7 @@ def share_done(run):
     return (json.loads(lines[-1])["step"] + 2) / run.steps if len(lines) > 1 else 0
 
 
-def train_all(jobs, free, bar, stop):
+def train_all(jobs, free, ranks, bar, stop):
     """Keeps all places busy until every job has ended -> failures, a list of lines."""
     runs, waiting, children, failures = [run for _, all in jobs for run in all], list(jobs), {}, []
     out, told = runs[0].train.out, set(train.finished(runs[0].train.out))
@@ -120,7 +130,7 @@ def train_all(jobs, free, bar, stop):
         while waiting and free and not stop.asked:
             argv, (*_, longest) = waiting.pop(0)
             place = free.pop()
-            children[longest.name] = start(argv, longest, place), place
+            children[longest.name] = start(argv, longest, place, ranks), place
         time.sleep(0.5)
         for name, (child, place) in list(children.items()):
             ended = child.poll() is not None
@@ -141,10 +151,26 @@ def train_all(jobs, free, bar, stop):
     return failures
 
 
+def tell(jobs, args):
+    """What the jobs would take, on GPUs that need not be here."""
+    torch.set_num_threads(1)  # as each child will have
+    jobs = [runs for _, runs in jobs]
+    machine = train.Machine.start(jobs[0][0].train.device)
+    places_here = args.gpus.ranks // args.ranks if args.gpus else len(
+        places(machine.device.type, args.jobs, args.ranks))
+    check(places_here, f"--ranks {args.ranks}: --gpus has fewer GPUs than that")
+    plan.tell(jobs, args.gpus, machine, args.ranks, args.jobs or places_here)
+
+
 def main(argv=None):
     parser = train.Parser(prog="python -m tools.sweep", description=__doc__)
     parser.add_argument("--jobs", type=int, default=0, help="processes at a time; 0 = one a "
                         "core, or one a GPU")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs (processes) of each model")
+    parser.add_argument("--dry-run", action="store_true", help="what it would take: time, memory, "
+                        "disk, price; trains nothing")
+    parser.add_argument("--gpus", type=plan.cards_of, metavar="8xh100x0.4x2.5",
+                        help="with --dry-run: number, card, MFU and dollars an hour")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="only this part of the study")
     parser.add_argument("--child", action="store_true", help=train.argparse.SUPPRESS)
     args, words = parser.parse_known_args(argv)
@@ -154,19 +180,23 @@ def main(argv=None):
     part, _, parts = args.part.partition("/")
     check(part.isdecimal() and parts.isdecimal() and 0 < int(part) <= int(parts),
           f"--part {args.part}: need I/N, as 2/4 for the second of four machines")
-    check(args.jobs >= 0, f"--jobs {args.jobs}: need 0 or more")
+    check(args.jobs >= 0 < args.ranks, f"--jobs {args.jobs}, --ranks {args.ranks}: need 0 or more "
+          "jobs and at least one rank")
     jobs = jobs[int(part) - 1::int(parts)]
     runs = [run for _, all in jobs for run in all]
     check(runs, f"--part {args.part}: there are fewer runs than parts")
+    if args.dry_run:
+        return tell(jobs, args)
     train.make_folder(runs[0].train.out)
-    free, done = places(runs[0].train.device, args.jobs), train.finished(runs[0].train.out)
+    free = places(runs[0].train.device, args.jobs, args.ranks)
+    done = train.finished(runs[0].train.out)
     print(f"{len(runs)} runs, {sum(run.name in done for run in runs)} of them finished before, "
           f"{min(len(free), len(jobs))} at a time", flush=True)
     bar = tqdm(total=sum(map(cost, runs)), unit="FLOP", unit_scale=True,
                disable=not sys.stderr.isatty())
     todo = [job for job in jobs if not done.keys() >= {run.name for run in job[1]}]
     with train.StopSignal() as stop, bar:
-        failures = train_all(todo, free, bar, stop) if todo else []
+        failures = train_all(todo, free, args.ranks, bar, stop) if todo else []
     for line in failures:
         print(line, file=sys.stderr)
     if stop.asked:
