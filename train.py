@@ -639,8 +639,7 @@ def distribute(model, shard, machine):
     weights, gradients and moments, and gathers each block when it runs: for what DDP cannot hold.
     Inputs keep their dtype, because RoPE's angles in bf16 would not tell positions apart."""
     if shard:
-        check(machine.ranks > 1, "--shard divides a model over several GPUs: start it by "
-              "torchrun, or by tools.sweep --ranks")
+        check(machine.ranks > 1, "--shard divides a model over several GPUs: start it by torchrun")
         policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
         mesh = dist.init_device_mesh(machine.device.type, (machine.ranks,))
         for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:

@@ -384,6 +384,7 @@ def test_a_dry_run_of_a_sweep_adds_up(capsys):
 def test_gpus_that_mean_nothing(gpus):
     with pytest.raises(SystemExit, match="h100"):
         plan.cards_of(gpus)
+    assert (plan.cards_of("8xh100").mfu, plan.cards_of("8xh100x0.5").price) == (0.4, 0)
 
 
 @pytest.mark.parametrize("budget", ["", "0", "nan", "24hx8xh100x4", "24hx", "1e20,,"])

@@ -1,9 +1,9 @@
 """The first thing to run on a rented machine: what is right there, and how fast it is.
 
     python -m tools.check                                      275m on a GPU, laptop on a CPU
-    python -m tools.check --preset 932m --moe learned          the model that you will train
+    python -m tools.check --preset 932m --data data/real       the model that you will train
 
-A line for each thing, in two or three minutes: the machine's rates; each fast way beside the plain
+A line for each thing, in three minutes: the machine's rates; each fast way beside the plain
 one, in values and gradients (FlexAttention and the dense mask, grouped_mm and the loop over the
 experts, bf16 and fp32, compiled and eager); a step of the model with its MFU, and its memory beside
 the arithmetic; checkpoint and resume; one process, all GPUs and --shard. The last line is the

@@ -40,7 +40,8 @@ class Cards:
 def cards_of(text):
     """"8xh100x0.4x2.5" -> Cards."""
     try:
-        number, name, mfu, price = [*text.split("x"), "0.4", "0"][:4]
+        parts = text.split("x")
+        number, name, mfu, price = [*parts, *["", "", "0.4", "0"][len(parts):]]
         cards = Cards(int(number), name, *train.CARDS[name.upper()], float(mfu), float(price))
         good = cards.ranks > 0 and 0 < cards.mfu <= 1 and 0 <= cards.price < float("inf")
     except (ValueError, LookupError):
@@ -48,6 +49,12 @@ def cards_of(text):
     check(good, f"{text}: need number, card ({', '.join(train.CARDS)}), MFU (a share) and dollars "
           "for an hour, as 8xh100x0.4x2.5")
     return cards
+
+
+def dollars(cards, seconds):
+    """Of all cards for so long, also where some stand idle; "" without a price."""
+    price = seconds / 3600 * cards.ranks * cards.price if cards else 0
+    return f", {price:,.0f} dollars" if price else ""
 
 
 def mean_positions(loader):
@@ -72,8 +79,7 @@ def plan(run, place, machine):
         seconds, told = measured_seconds(run, machine), f"{machine.name}, as measured just now"
     else:
         seconds = C / place.ranks / place.peak / place.mfu
-        price = seconds / 3600 * place.ranks * place.price
-        told = f"{place.ranks} {place.name} at MFU {place.mfu:g}, {price:,.0f} dollars"
+        told = f"{place.ranks} {place.name} at MFU {place.mfu:g}{dollars(place, seconds)}"
     lines = [head, f"time: {timedelta(seconds=round(seconds))} on {told}"]
     if place.memory:
         fixed, row = training_memory(shape, place.ranks, cfg.shard)
@@ -100,10 +106,9 @@ def tell(jobs, cards, machine, ranks, at_once):
             took, disk = took + seconds * (1 if run is runs[-1] else cooldown), disk + size
         heapq.heapreplace(free, free[0] + took)  # it starts where the first becomes free
     if sum(map(len, jobs)) > 1:
-        hours = max(free) / 3600
-        price = f", {hours * cards.ranks * cards.price:,.0f} dollars" if cards else ""
         print(f"all {sum(map(len, jobs))} runs, {min(at_once, len(jobs))} at a time: "
-              f"{timedelta(hours=round(hours, 2))}{price}, {disk:,.2f} GB of disk")
+              f"{timedelta(seconds=round(max(free)))}{dollars(cards, max(free))}, "
+              f"{disk:,.2f} GB of disk")
 
 
 def line_of(kind, share, run, loader):
