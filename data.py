@@ -237,8 +237,8 @@ def collate(rows, patch_size):
 
 
 # ---- Where rows come from ---------------------------------------------------------------------
-# The procedural world and a packed folder answer the same questions: kinds(split), row(kind, n) for
-# training, n_val(kind) and val_row(kind, n). The answers depend on the seed alone.
+# The procedural world and a packed folder answer the same questions: kinds(split), n_rows(kind,
+# split), row(kind, n) for training and val_row(kind, n). The answers depend on the seed alone.
 
 
 class Procedural:
@@ -264,11 +264,8 @@ class Procedural:
             pass
         return row
 
-    def n_train(self, kind):
-        return float("inf")
-
-    def n_val(self, kind):
-        return self.cfg.val_rows
+    def n_rows(self, kind, split):
+        return float("inf") if split == "train" else self.cfg.val_rows
 
     def val_row(self, kind, n):
         return self.val_rows(kind)[n]
@@ -313,8 +310,9 @@ class Packed:
         return self.fill(kind, "train", self.order(kind, epoch)[place], rng=rng,
                          augment=self.cfg.augment, flip=self.cfg.flip)
 
-    def n_train(self, kind):
-        return self.plan(kind, "train").n_rows
+    def n_rows(self, kind, split):
+        n = self.plan(kind, split).n_rows
+        return n if split == "train" else min(self.cfg.val_rows, n)
 
     @lru_cache(maxsize=4)  # one for each kind: of real data each can take gigabytes
     def order(self, kind, epoch):
@@ -322,12 +320,9 @@ class Packed:
         rng = np.random.default_rng((self.seed, 3, KINDS.index(kind), epoch))
         return rng.permutation(self.plan(kind, "train").n_rows)
 
-    def n_val(self, kind):
-        return min(self.cfg.val_rows, self.plan(kind, "val").n_rows)
-
     def val_row(self, kind, n):
         """The rows are taken from all over the validation set, their images plain."""
-        place = n * self.plan(kind, "val").n_rows // self.n_val(kind)
+        place = n * self.plan(kind, "val").n_rows // self.n_rows(kind, "val")
         return self.fill(kind, "val", place)
 
     def fill(self, kind, split, place, **crops):
@@ -542,7 +537,7 @@ class Loader:
 
     def epochs(self, n_rows):
         """{kind: how often the first n_rows rows of training read all its data}"""
-        return {kind: n_rows * share / 100 / self.source.n_train(kind)
+        return {kind: n_rows * share / 100 / self.source.n_rows(kind, "train")
                 for kind, share in self.shares.items()}
 
     def kind_of(self, g):
@@ -584,7 +579,7 @@ class Loader:
     def val_batches(self, kind, micro_rows, rank=0, ranks=1):
         """This rank's share of the fixed validation rows of one kind. All ranks get the same number
         of rows, the last perhaps an empty one, because FSDP would wait for a missing batch."""
-        n = self.source.n_val(kind)
+        n = self.source.n_rows(kind, "val")
         mine = range(rank, -(-n // ranks) * ranks, ranks)
         for a in range(0, len(mine), micro_rows):
             rows = [self.source.val_row(kind, i) if i < n else self.source.new_row()

@@ -521,15 +521,6 @@ def prompt_batch(parts, cfg, device):
     return batch
 
 
-def load_model(run_dir):
-    """A run's directory -> its Model, on the CPU and in eval mode, and its data settings (dict)."""
-    def build(ckpt):
-        model = Model(ModelConfig(**ckpt["config"]["model"]))
-        model.load_state_dict(ckpt["model"])
-        return model.eval(), ckpt["config"]["data"]
-    return read_checkpoint(run_dir, build)
-
-
 def read_weights(source):
     """Weights to start from (paper 3.3) -> fields of ModelConfig (dict; from a run all of them,
     from a file of tools.convert the sizes) and weights (parameter name -> tensor on the CPU)."""

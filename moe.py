@@ -56,12 +56,16 @@ class MoE(nn.Module):
         if self.learned:
             gates, chosen, probs = route(flat, self.router, self.top_k)          # (N,K) (N,K) (N,E)
         else:
-            gates, chosen, probs = None, (modality == 1).long()[:, None], None   # (N,1)
-        # bincount would synchronise with the GPU, one_hot does not
+            gates, chosen = None, (modality == 1).long()[:, None]                # (N,1)
+        # slots of a token at an expert: bincount would synchronise with the GPU, one_hot does not
         hot = F.one_hot(chosen, self.experts).sum(1)                             # (N,E)
         y = self.dispatch(flat, chosen, hot.sum(0), gates)                       # (N,W)
-        stats = summary(hot, probs, modality, self.load if self.learned else None)
-        return y.unflatten(0, x.shape[:2]), stats                                # (B,T,W)
+        is_kind = torch.stack([modality == 0, modality == 1]).float()            # (2,N)
+        counts = is_kind @ hot.float()                                           # (2,E)
+        balance = counts.new_zeros(())
+        if self.learned:
+            balance = load_balancing_loss(self.load, is_kind.sum(0) @ probs)
+        return y.unflatten(0, x.shape[:2]), Stats(balance, counts)               # (B,T,W)
 
     def dispatch(self, x, chosen, load, gates):
         """Sorts the slots by expert, so that each expert runs on one contiguous slice. x (N,W),
@@ -107,16 +111,6 @@ def route(x, router, top_k):
     else:
         gates, chosen = probs.topk(top_k, dim=-1)                                # (N,K)
     return gates, chosen, probs
-
-
-def summary(hot, probs, modality, load):
-    """hot (N,E) slots of a token at an expert, probs (N,E) and load (E,), or None and None for
-    modality routing, modality (N,) -> Stats."""
-    is_kind = torch.stack([modality == 0, modality == 1]).float()                # (2,N)
-    counts = is_kind @ hot.float()                                               # (2,E)
-    if probs is None:
-        return Stats(counts.new_zeros(()), counts)
-    return Stats(load_balancing_loss(load, is_kind.sum(0) @ probs), counts)
 
 
 def load_balancing_loss(load, probs) -> torch.Tensor:

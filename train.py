@@ -123,9 +123,7 @@ class Run:
         values = asdict(self.model) | asdict(self.data) | asdict(self.train)
         return {k: v for k, v in values.items() if k not in HOW}
 
-    @property
-    def folder(self):
-        return Path(self.train.out) / self.name
+    folder = property(lambda self: Path(self.train.out) / self.name)
 
 
 # ---- From the command line to runs ------------------------------------------------------------
@@ -328,9 +326,7 @@ class Machine:
         return Machine(torch.device(name), int(os.environ.get("RANK", "0")),
                        int(os.environ.get("WORLD_SIZE", "1")))
 
-    @property
-    def is_cuda(self):
-        return self.device.type == "cuda"
+    is_cuda = property(lambda self: self.device.type == "cuda")
 
     @property
     def dtype(self):
@@ -890,8 +886,7 @@ def result_row(trainer, status, losses):
     """The line of results.jsonl."""
     run, machine, n = trainer.run, trainer.machine, trainer.model.num_params()
     model, stats, settings = run.model, trainer.stats, ChainMap(*trainer.config.values())
-    tokens = run.train.tokens_per_step
-    D, D_vision = trainer.step * tokens, stats["D_vision"]
+    D, D_vision = trainer.step * run.train.tokens_per_step, stats["D_vision"]
     copied = ("fusion moe granularity width depth mixture data image_size patch_size context "
               "tokens_per_step lr vision_lr warmup seed init init_vision code")
     experts = {"none": 1, "modality": 2, "learned": model.experts}[model.moe]
@@ -901,7 +896,7 @@ def result_row(trainer, status, losses):
         "vision_width": model.encoder_width if n["N_vision"] else 0, **n,
         "D": D, "D_vision": D_vision, "C": trainer.model.flops(D, D_vision), **losses,
         "padding": stats["padding"] / max(D, 1), "steps": run.steps,
-        "tok_per_s": round(stats["timed"] * tokens / max(stats["spent"], 1e-9), 1),
+        "tok_per_s": trainer.speed()["tok_per_s"],
         "wall_s": round(stats["spent"], 2), "peak_mem_mb": peak_memory(machine),
         "device": machine.name, "world_size": machine.ranks, "torch": torch.__version__,
         "git": git_commit(), "status": status,

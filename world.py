@@ -153,7 +153,7 @@ class World:
     def thing(self, rng):
         return min(bisect.bisect(self.cumulative, rng.random()), self.THINGS - 1)
 
-    def scene(self, rng, split):
+    def scene(self, rng, split, distinct=False):
         """{cell: (thing, colour)}, one thing in the upper half and one in the lower. (Of things
         anywhere, each seed found out at another time which one a caption speaks of.)"""
         while True:
@@ -162,7 +162,8 @@ class World:
                 friend = last is not None and rng.random() < 0.5
                 last = int(self.friend[last]) if friend else self.thing(rng)
                 scene[cell] = (last, rng.randrange(len(COLOURS)))
-            if belongs(sorted(scene.items()), split):
+            same = len({thing for thing, _ in scene.values()}) == 1
+            if belongs(sorted(scene.items()), split) and not (distinct and same):
                 return scene
 
     def draw(self, scene, rng):
@@ -247,9 +248,7 @@ class World:
             w.say(part)
 
     def colour(self, w, split):
-        scene = {}
-        while len({thing for thing, _ in scene.values()}) < 2:
-            scene = self.scene(w.rng, split)  # two of one thing: "the" would be unclear
+        scene = self.scene(w.rng, split, distinct=True)  # or "the" would be unclear
         thing, colour = scene[w.rng.choice(sorted(scene))]
         question = f"what colour is the {self.names[thing]}?"
         self.ask(w, [scene], question, list(COLOURS)[colour])
@@ -259,9 +258,7 @@ class World:
         self.ask(w, [scene], "how many things?", COUNTS[len(scene)])
 
     def relation(self, w, split):
-        scene = {}
-        while len({thing for thing, _ in scene.values()}) < 2:
-            scene = self.scene(w.rng, split)
+        scene = self.scene(w.rng, split, distinct=True)
         here, there = w.rng.sample(sorted(scene), 2)
         down, right = (a - b for a, b in zip(divmod(here, GRID), divmod(there, GRID)))
         vertical = abs(down) > abs(right) or abs(down) == abs(right) and w.rng.random() < 0.5

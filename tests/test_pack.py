@@ -161,7 +161,8 @@ def test_packed_rows_are_the_recorded_ones(tmp_path):
         "conversation": ("94f06bc73c7e", "8cbcfd3fc37c")}
     for kind, recorded in expected.items():
         rows = [source.row(kind, n) for n in (*range(18), 300, 301)]
-        val_rows = [source.val_row(kind, n) for n in range(min(20, source.n_val(kind)))]
+        n_val = min(20, source.n_rows(kind, "val"))
+        val_rows = [source.val_row(kind, n) for n in range(n_val)]
         assert (digest(rows, pixels=False), digest(val_rows, pixels=False)) == recorded
 
 

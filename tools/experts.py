@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from data import DataConfig, Loader
-from model import load_model
 from tools import markdown, panels, save, style
+from tools.sample import load_model
 from train import Parser
 
 

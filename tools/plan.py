@@ -41,7 +41,7 @@ def cards_of(text):
     """"8xh100x0.4x2.5" -> Cards."""
     try:
         parts = text.split("x")
-        number, name, mfu, price = [*parts, *["", "", "0.4", "0"][len(parts):]]
+        number, name, mfu, price = parts + ["", "", "0.4", "0"][len(parts):]
         cards = Cards(int(number), name, *train.CARDS[name.upper()], float(mfu), float(price))
         good = cards.ranks > 0 and 0 < cards.mfu <= 1 and 0 <= cards.price < float("inf")
     except (ValueError, LookupError):

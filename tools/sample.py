@@ -13,8 +13,17 @@ from pathlib import Path
 import torch
 
 from data import check, get_tokenizer, patchify, square
-from model import generate, load_model
+from model import Model, ModelConfig, generate, read_checkpoint
 from train import Parser
+
+
+def load_model(run_dir):
+    """A run's directory -> its Model, on the CPU and in eval mode, and its data settings (dict)."""
+    def build(ckpt):
+        model = Model(ModelConfig(**ckpt["config"]["model"]))
+        model.load_state_dict(ckpt["model"])
+        return model.eval(), ckpt["config"]["data"]
+    return read_checkpoint(run_dir, build)
 
 
 def read_image(path, size):

@@ -23,8 +23,9 @@ import torch
 from tqdm import tqdm
 
 from data import DataConfig, Loader, check, encode, expand, get_tokenizer, patchify, square
-from model import generate, load_model
+from model import generate
 from tools.pack import Skip, load_image, read_samples, read_source
+from tools.sample import load_model
 from train import Parser, finished
 from world import KINDS
 
@@ -102,7 +103,8 @@ def held_out(model, data, source, n):
     check((ours._pat_str, ours._mergeable_ranks) == (theirs._pat_str, theirs._mergeable_ranks),
           f"{source}: packed with another tokenizer than the run's")
     for kind in loader.source.validated_as.get(asked, [asked]):
-        rows = (loader.source.val_row(kind, i) for i in range(loader.source.n_val(kind)))
+        numbers = range(loader.source.n_rows(kind, "val"))
+        rows = (loader.source.val_row(kind, i) for i in numbers)
         places = ((row, row.doc == i + 1) for row in rows for i in range(row.n_docs))
         for row, at in islice(places, n):
             if row.tokens[at][0] == row.eot:  # else it is the rest of a document that was cut

@@ -180,7 +180,7 @@ def main(argv=None):
     kinds = [(used[i % len(used)], i // len(used)) for i in range(args.n)]  # in turn
     source = loader.source
     if args.split == "val":  # a small validation set is shown again from its start
-        rows = [source.val_row(kind, n % source.n_val(kind)) for kind, n in kinds]
+        rows = [source.val_row(kind, n % source.n_rows(kind, "val")) for kind, n in kinds]
     else:
         rows = [source.row(kind, n) for kind, n in kinds]
     batch = collate(rows, patch)
