@@ -37,7 +37,7 @@ FOLLOWS = {"fusion": "vision_width init init_vision", "moe": "n_experts top_k gr
            "text_share": "mixture", "image_size": "context D tokens_per_step"}
 EARLY, LATE = {"fusion": "early", "moe": "none"}, {"fusion": "late"}
 FROZEN, SLOW, FULL = (LATE | {"vision_lr": rate} for rate in ("0.0", "0.01", "1.0"))
-LESS, MORE = {"mixture": "63-27-10"}, {"mixture": "27-63-10"}  # interleaved documents
+LESS, MORE = {"mixture": "81-9-10"}, {"mixture": "9-81-10"}  # interleaved documents
 EXPERTS = {"moe": "learned", "n_experts": "8", "top_k": "1", "granularity": "1"}
 FINE = EXPERTS | {"n_experts": "16", "top_k": "2", "granularity": "2"}
 TEXT, NATIVE = EARLY | {"init": ".+"}, EARLY | {"init": ""}  # from a text model, from nothing
@@ -64,6 +64,7 @@ FINDINGS = [Finding(*line) for line in (
      {"image_size": "32"}, -1, "loss_caption"),
     ("5.11", "context leaves early's lead as it is", "context", EARLY, LATE, 0, "loss", "context"),
     ("5.14", "8 experts are lower than dense", "moe", EXPERTS, EARLY, -1),
+    ("5.15", "this lead grows with tokens", "moe_tokens", EXPERTS, EARLY, -1, "loss", "D"),
     ("5.16", "learned routing is lower than by modality", "moe", EXPERTS, {"moe": "modality"}, -1),
     ("Table 13", "top-2 is lower than top-1", "moe", EXPERTS | {"top_k": "2"}, EXPERTS, -1),
     ("Table 13", "8 experts are lower than 4", "moe", EXPERTS, EXPERTS | {"n_experts": "4"}, -1),
