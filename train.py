@@ -426,6 +426,13 @@ def finished(out, tell=False):
     return rows
 
 
+def result_of(run, done):
+    """The row of a finished run, or None. One of another warmup, which other budgets beside it can
+    have given it, is another run's, although it has the name."""
+    row = done.get(run.name)
+    return row if row and row.get("warmup", run.train.warmup) == run.train.warmup else None
+
+
 def kept_log(path, steps):
     """The lines of the first steps; what came later is done again. SystemExit where one is gone."""
     lines = path.read_text("utf-8", "replace").splitlines(True)[:steps] if path.exists() else []
@@ -984,7 +991,7 @@ def main(argv):
     machine = Machine.start(runs[0].train.device)
     done = finished(runs[0].train.out, tell=machine.rank == 0)
     for run in runs:
-        row = machine.share(done.get(run.name))  # or ranks could disagree
+        row = machine.share(result_of(run, done))  # or ranks could disagree
         if row:
             machine.say(f"finished before (another --out trains it again): {summary(row)}")
             continue

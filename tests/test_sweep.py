@@ -88,6 +88,24 @@ def test_a_stopped_sweep_saves_and_says_so(tmp_path, ranks):
     assert "killed" not in errors and list(tmp_path.glob("*/ckpt.pt"))
 
 
+def test_the_reason_of_ranks_is_told_and_not_that_of_torchrun(tmp_path):
+    run, = train.parse_runs([*TINY, "--tokens", "3K", "--width", "16", "--out", str(tmp_path)])
+    run.folder.mkdir()
+    (run.folder / "ckpt.pt").write_bytes(b"no checkpoint")
+    process = start(tmp_path, "--tokens", "3K", "--width", "16", "--ranks", "2")
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "ckpt.pt" in errors.splitlines()[0], errors
+
+
+def test_a_run_of_another_warmup_is_not_taken_for_this_one(tmp_path, capsys):
+    """Which the budgets of a preset beside it decide."""
+    flags = [*"--preset 275m --warmup 0 --depth 1 --width 16 --image-size 32 --patch-size 8".split(),
+             "--out", str(tmp_path)]
+    train.main([*TINY, *flags, "--tokens", "20K"])
+    with pytest.raises(SystemExit, match="warmup"):
+        train.main([*TINY, *flags, "--tokens", "10K,20K"])
+
+
 def test_each_model_on_two_ranks_gives_the_numbers_of_one(tmp_path):
     for ranks in ("1", "2"):
         process = start(tmp_path / ranks, "--tokens", "3K,5K", "--width", "16", "--ranks", ranks)
@@ -113,7 +131,8 @@ def test_a_child_that_is_killed_is_named_and_the_others_go_on(tmp_path):
 @pytest.mark.parametrize("flags,words", [
     (["--width", "16,33"], "width 33"), (["--widht", "16,32"], "--width"),
     (["--part", "3/2"], "--part 3/2"), (["16"], "16"), (["--jobs", "-1"], "--jobs -1"),
-    (["--ranks", "0"], "--ranks 0"), (["--dry-run", "--ranks", "2", "--gpus", "1xh100"], "--ranks 2"),
+    (["--ranks", "0"], "--ranks 0"), (["--ranks", "3"], "--ranks 3"), (["--gpus", "1xh100"], "--gpus"),
+    (["--dry-run", "--ranks", "2", "--gpus", "1xh100"], "--ranks 2"),
     (["--part", "2/2"], "--part 2/2"), (["--part", "²/2"], "--part")])
 def test_mistakes_end_in_one_clear_line_before_anything_is_trained(tmp_path, flags, words):
     with pytest.raises(SystemExit, match=words) as error:

@@ -367,6 +367,10 @@ def test_a_dry_run_for_gpus_that_are_not_here(capsys):
         plan.main(["--preset", "8.13b", "--tokens", "10B", "--gpus", "1xa100"])
 
 
+def test_mfu_and_price_may_be_left_out():
+    assert (plan.cards_of("8xh100").mfu, plan.cards_of("8xh100x0.5").price) == (0.4, 0)
+
+
 def test_a_dry_run_of_a_sweep_adds_up(capsys):
     """6 N D at MFU 0.5; the shorter budget costs its cooldown only, a fifth of it. Of two sizes on
     two GPUs the larger takes longer, on one they follow each other."""
@@ -384,7 +388,6 @@ def test_a_dry_run_of_a_sweep_adds_up(capsys):
 def test_gpus_that_mean_nothing(gpus):
     with pytest.raises(SystemExit, match="h100"):
         plan.cards_of(gpus)
-    assert (plan.cards_of("8xh100").mfu, plan.cards_of("8xh100x0.5").price) == (0.4, 0)
 
 
 @pytest.mark.parametrize("budget", ["", "0", "nan", "24hx8xh100x4", "24hx", "1e20,,"])

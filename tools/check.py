@@ -159,8 +159,8 @@ def rates(run, machine):
 def speed(run, machine):
     """A step of the model with two micro-steps, on random rows with two documents each. FLOPs are
     the paper's 6 N D, as in speed.jsonl and --gpus."""
-    if run.train.shard or machine.memory and not train.rows_that_fit(run.model, machine, False) > 0:
-        return "not measured, because one GPU does not hold it: it needs --shard"
+    if run.train.shard:
+        return "not measured, because --shard needs all GPUs"
     trainer = train.Trainer(run, machine)
     trainer.accumulation = 2
     batch = train.to_device(random_batch(run.model, trainer.rows, np.random.default_rng(0)),
@@ -196,12 +196,13 @@ def main(argv=None):
     machine = train.Machine.start(run.train.device)
     ranks = torch.cuda.device_count() if cuda else 2
     with tempfile.TemporaryDirectory() as folder:
+        larger = "--shard" if "--shard" in train.what_would_fit(run, machine) else "--checkpointing"
         ranked = partial(check_ranks, Path(folder), 8 * ranks)
         checks = {  # name: (function, the flag that avoids the fault, if there is one)
             "rates": (rates, ""), "attention": (check_attention, "--attention dense"),
             "experts": (check_experts, "--experts-by loop"),
             "bf16": (check_bf16, "--device cpu"), "compiled": (check_compiled, "--compile off"),
-            run.name: (speed, "--checkpointing"), "resume": (ranked, "")}
+            run.name: (speed, larger), "resume": (ranked, "")}
         if ranks > 1:
             checks[f"{ranks} ranks"] = partial(ranked, ranks=ranks), ""
             sharded = partial(ranked, ranks=ranks, flags=["--shard"])

@@ -6,7 +6,8 @@
 
 --gpus names the number of GPUs, the card, the MFU (0.4 where none is given) and the dollars for an
 hour of one. All other flags are train.py's. Of several runs, the last line is their sum, in which
-budgets share their trunks and each run has the GPUs that tools.sweep --ranks would give it.
+budgets share their trunks and each run has the GPUs that tools.sweep --ranks would give it. What
+is finished already counts, too.
 """
 import heapq
 import os
@@ -130,15 +131,15 @@ def line_of(kind, share, run, loader):
 def measured_seconds(run, machine):
     """Of a whole run: its micro-steps times the median of three. In the first, which is not among
     them, torch allocates and compiles."""
-    alone = replace(run, train=replace(run.train, shard=False))
+    rows, times = train.divide_step(run, machine)
+    alone = replace(run, train=replace(run.train, shard=False, micro_rows=rows))
     trainer, ends = train.Trainer(alone, replace(machine, ranks=1)), []
-    micro_steps = run.steps * train.divide_step(run, machine)[1]
-    trainer.accumulation, rows = 1, trainer.rows
+    trainer.accumulation = 1
     batches = trainer.loader.train_batches(0, 4, rows, rows)
     for _ in range(4):
         train.forward_and_backward(trainer, batches)[0].item()
         ends.append(time.perf_counter())
-    return micro_steps * float(np.median(np.diff(ends)))
+    return run.steps * times * float(np.median(np.diff(ends)))
 
 
 def main(argv=None):
@@ -149,7 +150,7 @@ def main(argv=None):
     if os.environ.pop("RANK", "0") != "0":  # of torchrun: one rank tells, for all of them
         return
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    machine = replace(train.Machine.start(runs[0].train.device), ranks=ranks)
+    machine = train.Machine.start(runs[0].train.device)
     tell([runs], args.gpus, machine, args.gpus.ranks if args.gpus else ranks, at_once=1)
 
 

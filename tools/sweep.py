@@ -14,6 +14,7 @@ goes on where it stopped.
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,24 +69,25 @@ def places(device, jobs, ranks):
         groups = [gpus[i:i + ranks] for i in range(0, len(gpus) - ranks + 1, ranks)]
         return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups][:jobs or None]
     if device == "mps" or device == "auto" and torch.backends.mps.is_available():
+        check(ranks == 1, f"--ranks {ranks}: MPS has one device")
         return [{}]
     return [{"OMP_NUM_THREADS": "1"}] * (jobs or max(1, usable_cores() // ranks))
 
 
 def start(argv, run, place, ranks):
-    """A child that trains, its output in OUT/logs/RUN.log; several ranks are torchrun's. These are
-    no part of our group of processes, because torchrun would pass a Ctrl-C on to ranks that have
-    got it already."""
+    """A child that trains, its output in OUT/logs/RUN.log; several ranks are torchrun's, in a group
+    of its own, because it would take a Ctrl-C and then our signal for two."""
     path = run.folder.parent / "logs" / f"{run.name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # by torchrun or slurm, but each child is alone
     env = {k: v for k, v in os.environ.items() if k not in launched} | place
     launch = f"-m torch.distributed.run --standalone --nproc_per_node {ranks}".split()
     with open(path, "a", encoding="utf-8") as log:
+        begin = log.tell()  # what is before is of an earlier try
         child = subprocess.Popen(
             [sys.executable, *launch * (ranks > 1), "-m", "tools.sweep", "--child", *argv], env=env,
             stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=ranks > 1)
-    child.log, child.asked = path, False  # asked to stop
+    child.log, child.begin, child.asked = path, begin, False  # asked to stop
     return child
 
 
@@ -102,12 +104,22 @@ def failure(child):
     if code in (0, 130):
         return None
     if code < 0:
-        return (f"killed by {signal.Signals(-code).name} (was there enough memory? try fewer "
-                f"--jobs or smaller --micro-rows); see {child.log}")
+        return killed_by(signal.Signals(-code).name, child)
     if not child.log.exists():
         return f"{child.log} was deleted"
-    last = child.log.read_text("utf-8", "replace").strip().splitlines()[-1:]
-    return f"{''.join(last)} (see {child.log})"
+    text = child.log.read_bytes()[child.begin:].decode("utf-8", "replace")
+    text, *launcher = re.split(r"^[WE]\d{4} .*torch/distributed/elastic", text, maxsplit=1,
+                               flags=re.MULTILINE)
+    if killed := re.search(r"\((SIGKILL)\)", "".join(launcher)):  # one of several ranks
+        return killed_by(killed[1], child)
+    lines = [line for line in text.splitlines() if line and not line.startswith("terminate called")]
+    ours = [line for line in lines if not line.startswith("[rank")]  # a rank that missed another
+    return f"{''.join((ours or lines)[-1:])} (see {child.log})"
+
+
+def killed_by(name, child):
+    return (f"killed by {name} (was there enough memory? try fewer --jobs or smaller "
+            f"--micro-rows); see {child.log}")
 
 
 def share_done(run):
@@ -153,13 +165,14 @@ def train_all(jobs, free, ranks, bar, stop):
 
 def tell(jobs, args):
     """What the jobs would take, on GPUs that need not be here."""
+    os.environ.pop("RANK", None)  # it is one process that tells
     torch.set_num_threads(1)  # as each child will have
     jobs = [runs for _, runs in jobs]
     machine = train.Machine.start(jobs[0][0].train.device)
     places_here = args.gpus.ranks // args.ranks if args.gpus else len(
         places(machine.device.type, args.jobs, args.ranks))
     check(places_here, f"--ranks {args.ranks}: --gpus has fewer GPUs than that")
-    plan.tell(jobs, args.gpus, machine, args.ranks, args.jobs or places_here)
+    plan.tell(jobs, args.gpus, machine, args.ranks, min(args.jobs or places_here, places_here))
 
 
 def main(argv=None):
@@ -185,16 +198,22 @@ def main(argv=None):
     jobs = jobs[int(part) - 1::int(parts)]
     runs = [run for _, all in jobs for run in all]
     check(runs, f"--part {args.part}: there are fewer runs than parts")
+    for run in runs:
+        rows = run.train.tokens_per_step // run.model.context
+        check(rows % args.ranks == 0, f"--ranks {args.ranks}: {rows} rows a step cannot be shared "
+              "by so many")
+    check(args.dry_run or not args.gpus, "--gpus: only --dry-run plans for GPUs")
     if args.dry_run:
         return tell(jobs, args)
     train.make_folder(runs[0].train.out)
     free = places(runs[0].train.device, args.jobs, args.ranks)
     done = train.finished(runs[0].train.out)
-    print(f"{len(runs)} runs, {sum(run.name in done for run in runs)} of them finished before, "
+    ended = [run for run in runs if train.result_of(run, done)]
+    print(f"{len(runs)} runs, {len(ended)} of them finished before, "
           f"{min(len(free), len(jobs))} at a time", flush=True)
     bar = tqdm(total=sum(map(cost, runs)), unit="FLOP", unit_scale=True,
                disable=not sys.stderr.isatty())
-    todo = [job for job in jobs if not done.keys() >= {run.name for run in job[1]}]
+    todo = [job for job in jobs if any(run not in ended for run in job[1])]
     with train.StopSignal() as stop, bar:
         failures = train_all(todo, free, args.ranks, bar, stop) if todo else []
     for line in failures:
@@ -203,7 +222,7 @@ def main(argv=None):
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     done = train.finished(runs[0].train.out)
-    missing = [run.name for run in runs if run.name not in done]
+    missing = [run.name for run in runs if not train.result_of(run, done)]
     check(not missing, f"{len(missing)} of {len(runs)} runs are not finished; the same command "
           "goes on from here")
 

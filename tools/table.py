@@ -114,8 +114,12 @@ def difference(these, those):
     return f"{np.mean(a) - np.mean(b):+.4f} [{low:+.4f}, {high:+.4f}]{welch}"
 
 
-def most_like(key, lines):
-    return max(lines, key=lambda other: sum(a == b for a, b in zip(other, key)))
+def most_like(groups, key, lines):
+    """The line that has most in common with this one, if possible one of the same budget."""
+    def likeness(other):
+        budgets = {next(iter(groups[line].values())).get("D") for line in (key, other)}
+        return len(budgets) == 1, sum(a == b for a, b in zip(other, key))
+    return max(lines, key=likeness)
 
 
 def drawn(groups, key, metric, against):
@@ -124,8 +128,9 @@ def drawn(groups, key, metric, against):
     values = measured(groups[key], metric)
     if not against:
         return [*values.values()]
-    others = measured(groups[most_like(key, against)], metric)
-    return [100 * (values[seed] / others[seed] - 1) for seed in values.keys() & others.keys()]
+    others = measured(groups[most_like(groups, key, against)], metric)
+    return [100 * (values[seed] / others[seed] - 1) for seed in values.keys() & others.keys()
+            if others[seed]]
 
 
 def table(groups, fields, metrics, against):
@@ -138,7 +143,7 @@ def table(groups, fields, metrics, against):
         row, losses = next(iter(seeds.values())), measured(seeds, metrics[0])
         bad = sum(row.get("status", "ok") != "ok" for row in seeds.values())
         speed = np.mean([row.get("tok_per_s") or 0 for row in seeds.values()])
-        like = most_like(key, against)
+        like = most_like(groups, key, against)
         yield [*(str(row.get(field, "—")) for field in shown),
                f"{len(seeds) - bad}" + (f" (+ {bad} diverged)" if bad else ""),
                *(f"{row.get(size, 0):,}" for size in sizes),
