@@ -72,7 +72,7 @@ def draw(curves, over, unit, out):
         panel.xaxis.set_major_formatter(human)
         panel.locator_params(axis="x", nbins=4)
         panel.grid(alpha=0.3)
-    axes[0].set_ylabel(f"validation loss (nats a {unit})")
+    axes[0].set_ylabel(f"loss (nats a {unit})")
     page.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8,
                 ncols=2)
     save(page, out)
