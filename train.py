@@ -153,9 +153,9 @@ def make_runs(given):
     values["vocab_size"] = max(values.get("vocab_size", 0), words)
     runs = [make_run({**values, "tokens": tokens}, given)
             for tokens in dict.fromkeys(asked.tokens.split(","))]
-    first, *_ = runs = sorted(runs, key=lambda run: run.steps)
-    # the shortest one's warmup for all: otherwise budgets of a preset would share no trunk
-    return [replace(run, train=replace(run.train, warmup=first.train.warmup)) for run in runs]
+    runs = sorted(runs, key=lambda run: run.steps)
+    warmup = runs[0].train.warmup  # for all: otherwise budgets of a preset would share no trunk
+    return [replace(run, train=replace(run.train, warmup=warmup)) for run in runs]
 
 
 def make_run(values, given):

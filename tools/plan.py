@@ -97,7 +97,7 @@ def tell(jobs, cards, machine, ranks, at_once):
     """Prints the plan of each of jobs, which are lists of runs with one trunk and have so many
     ranks, and the sum of all, of which so many train at once."""
     machine, free, disk = replace(machine, ranks=ranks), [0.0] * at_once, 0.0
-    place = replace(cards, ranks=ranks) if cards else machine
+    place, n_runs = replace(cards, ranks=ranks) if cards else machine, sum(map(len, jobs))
     for runs in jobs:
         took = 0.0
         for run in runs:
@@ -106,8 +106,8 @@ def tell(jobs, cards, machine, ranks, at_once):
             cooldown = 1 - run.branch / run.steps  # only the longest budget pays for the trunk
             took, disk = took + seconds * (1 if run is runs[-1] else cooldown), disk + size
         heapq.heapreplace(free, free[0] + took)  # it starts where the first becomes free
-    if sum(map(len, jobs)) > 1:
-        print(f"all {sum(map(len, jobs))} runs, {min(at_once, len(jobs))} at a time: "
+    if n_runs > 1:
+        print(f"all {n_runs} runs, {min(at_once, len(jobs))} at a time: "
               f"{timedelta(seconds=round(max(free)))}{dollars(cards, max(free))}, "
               f"{disk:,.2f} GB of disk")
 

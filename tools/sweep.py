@@ -169,10 +169,12 @@ def tell(jobs, args):
     torch.set_num_threads(1)  # as each child will have
     jobs = [runs for _, runs in jobs]
     machine = train.Machine.start(jobs[0][0].train.device)
-    places_here = args.gpus.ranks // args.ranks if args.gpus else len(
-        places(machine.device.type, args.jobs, args.ranks))
-    check(places_here, f"--ranks {args.ranks}: --gpus has fewer GPUs than that")
-    plan.tell(jobs, args.gpus, machine, args.ranks, min(args.jobs or places_here, places_here))
+    if args.gpus:
+        free = range(args.gpus.ranks // args.ranks)[:args.jobs or None]
+        check(free, f"--ranks {args.ranks}: --gpus has fewer GPUs than that")
+    else:
+        free = places(machine.device.type, args.jobs, args.ranks)
+    plan.tell(jobs, args.gpus, machine, args.ranks, len(free))
 
 
 def main(argv=None):
@@ -208,12 +210,12 @@ def main(argv=None):
     train.make_folder(runs[0].train.out)
     free = places(runs[0].train.device, args.jobs, args.ranks)
     done = train.finished(runs[0].train.out)
-    ended = [run for run in runs if train.result_of(run, done)]
-    print(f"{len(runs)} runs, {len(ended)} of them finished before, "
+    ended = sum(train.result_of(run, done) is not None for run in runs)
+    print(f"{len(runs)} runs, {ended} of them finished before, "
           f"{min(len(free), len(jobs))} at a time", flush=True)
     bar = tqdm(total=sum(map(cost, runs)), unit="FLOP", unit_scale=True,
                disable=not sys.stderr.isatty())
-    todo = [job for job in jobs if any(run not in ended for run in job[1])]
+    todo = [job for job in jobs if not all(train.result_of(run, done) for run in job[1])]
     with train.StopSignal() as stop, bar:
         failures = train_all(todo, free, args.ranks, bar, stop) if todo else []
     for line in failures:
