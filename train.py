@@ -503,7 +503,7 @@ class Trainer:
             f"{self.accumulation} micro-steps x {self.machine.ranks} ranks, lr {cfg.lr:.2g}, "
             f"warmup {cfg.warmup}, cooldown from {run.branch}, {self.machine.name}"
             + ", compiled" * self.compiled + f", from step {self.step}" * (self.step > 0))
-        for note in notes(run, self.loader):
+        for note in notes(run, self.machine.memory, self.loader):
             self.machine.say(f"note: {note}")
         if self.machine.rank == 0:
             text = json.dumps(self.config, indent=1)
@@ -545,7 +545,7 @@ class Trainer:
         """What the machine makes of the run so far; MFU counts the paper's 6 N D FLOPs."""
         stats, tokens = self.stats, self.run.train.tokens_per_step
         seen, rate = self.step * tokens, stats["timed"] * tokens / max(stats["spent"], 1e-9)
-        found = {"seconds": round(stats["spent"], 3), "tok_per_s": round(rate, 1),
+        found = {"wall_s": round(stats["spent"], 3), "tok_per_s": round(rate, 1),
                  "padding": round(stats["padding"] / max(seen, 1), 4)}
         if self.machine.peak:
             token, patch = self.flops
@@ -832,7 +832,7 @@ def forward_and_backward(trainer, batches):
     return machine.sum(totals)
 
 
-def notes(run, loader):
+def notes(run, memory, loader):
     """What is legal, but perhaps not meant (list of str)."""
     cfg, model, stored = run.train, run.model, loader.source.stored_size
     fusion = SIZES[cfg.preset].get("fusion", model.fusion)
@@ -843,6 +843,8 @@ def notes(run, loader):
             abs(run.steps * cfg.tokens_per_step / asked - 1) > 0.05,
         f"--preset {cfg.preset} is a size of {fusion} fusion, this model is {model.fusion}":
             fusion != model.fusion,
+        f"--preset {cfg.preset} is a size for CUDA, which is not here; --dry-run says what it takes":
+            cfg.preset != "laptop" and not memory,
         f"the images were packed at {stored} pixels, and are enlarged to {model.image_size}":
             stored < model.image_size,
         f"--warmup {cfg.warmup} is longer than the {run.branch} steps before the cooldown":
@@ -892,8 +894,8 @@ class StopSignal:
 def result_row(trainer, status, losses):
     """The line of results.jsonl."""
     run, machine, n = trainer.run, trainer.machine, trainer.model.num_params()
-    model, stats, settings = run.model, trainer.stats, ChainMap(*trainer.config.values())
-    D, D_vision = trainer.step * run.train.tokens_per_step, stats["D_vision"]
+    model, settings = run.model, ChainMap(*trainer.config.values())
+    D, D_vision = trainer.step * run.train.tokens_per_step, trainer.stats["D_vision"]
     copied = ("fusion moe granularity width depth mixture data image_size patch_size context "
               "tokens_per_step lr vision_lr warmup seed init init_vision code")
     experts = {"none": 1, "modality": 2, "learned": model.experts}[model.moe]
@@ -902,9 +904,7 @@ def result_row(trainer, status, losses):
         "top_k": model.top_k if model.moe == "learned" else 1,
         "vision_width": model.encoder_width if n["N_vision"] else 0, **n,
         "D": D, "D_vision": D_vision, "C": trainer.model.flops(D, D_vision), **losses,
-        "padding": stats["padding"] / max(D, 1), "steps": run.steps,
-        "tok_per_s": trainer.speed()["tok_per_s"],
-        "wall_s": round(stats["spent"], 2), "peak_mem_mb": peak_memory(machine),
+        "steps": run.steps, **trainer.speed(), "peak_mem_mb": peak_memory(machine),
         "device": machine.name, "world_size": machine.ranks, "torch": torch.__version__,
         "git": git_commit(), "status": status,
     }

@@ -17,13 +17,16 @@ from unittest.mock import Mock
 
 import numpy as np
 import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image, ImageFile
 
 import data
 import tools.pack
 from data import IMAGE, READ, DataConfig, Loader, Shards, crop_box, get_tokenizer
+from helpers import one_line
 from test_data import digest
+from tools.obelics import main as obelics_main
 from tools.pack import load_image, pack, read_source
 
 ROOT = Path(data.__file__).resolve().parent
@@ -185,6 +188,29 @@ def test_every_layout_gives_the_plain_documents(tmp_path, plain, folder):
         assert all(text.replace("▣", "") in bare for text, _ in found)
     else:
         assert all(document in known for document in found)
+
+
+def test_images_that_were_fetched_for_obelics_are_found_by_their_urls(tmp_path, capsys):
+    """The second URL was not to be had. The files are those of img2dataset's FilesSampleWriter."""
+    urls = [f"https://example.org/{i}.png?x=ü" for i in range(2)]
+    folder, fetched = tmp_path / "obelics", tmp_path / "fetched"
+    for made in (folder, fetched / "00000"):
+        made.mkdir(parents=True)
+    write = pyarrow.parquet.write_table
+    write(pyarrow.table({"images": [[urls[0], None, urls[1]]], "texts": [[None, "seen", None]]}),
+          folder / "a.parquet")
+    obelics_main([str(folder), "--urls", str(tmp_path / "urls.txt")])
+    assert (tmp_path / "urls.txt").read_text("utf-8").split() == urls
+    write(pyarrow.table({"url": urls, "key": ["000000", "000001"]}), fetched / "00000.parquet")
+    (fetched / "00000" / "000000.jpg").write_bytes(picture(fmt="JPEG"))
+    for _ in range(2):  # it may be given again
+        obelics_main([str(folder), "--fetched", str(fetched)])
+        assert "1 of 2 images" in capsys.readouterr().out
+    _, shards = pack_one(tmp_path, "interleaved", folder)
+    assert texts(shards, "interleaved") == ["▣seen"]
+    assert shards.meta["skipped"] == {"image is a URL (download it first)": [1, "a.parquet: 1"]}
+    for flags in (["--urls", str(tmp_path / "none.txt")], ["--fetched", str(tmp_path)]):
+        one_line(SystemExit, obelics_main, [str(tmp_path), *flags])
 
 
 def test_caption_tar_without_txt_and_in_any_order(tmp_path):

@@ -1,6 +1,7 @@
 """python -m pytest tests/test_sample.py   (about 5 seconds)
 
-The tools beside the model: sample, convert, check and experts."""
+The tools beside the model: sample, convert, check, experts and facts."""
+import json
 import math
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 
 from helpers import build, hidden, make_batch, one_line, same, save_run
 from model import Attention, adopt, attention_mask, read_weights, rope_table
-from tools import check, convert, experts, sample
+from tools import check, convert, experts, facts, sample
+from world import World
 
 
 def test_sample_prints_a_caption(tmp_path, capsys):
@@ -174,3 +176,37 @@ def test_specialisation_of_hand_made_counts():
     assert found["score"] == pytest.approx([1, 0, (1 - h2(0.75)) / 2, 1 - h2(0.77)])
     assert found["floor"] == pytest.approx([0, 0, 1 - h2(9 / 16), 1 - h2(0.77)])
     assert found["floor"][3] == pytest.approx(0.22, abs=0.005)
+
+
+class Knows:
+    """Instead of a Model. It is certain of the facts of things that are met more than the 17th,
+    leaves two of the 64 values to those before the 65th, and guesses in a wrong way otherwise."""
+    rope = torch.zeros(1)
+
+    def decode(self, batch):
+        tokens = batch["tokens"]
+        names = ["".join(map(chr, row)) for row in (tokens[:, 5:9]).tolist()]
+        rank = torch.tensor([self.ranks[name] for name in names])
+        p = torch.where(rank < 16, 1.0, torch.where(rank < 64, 0.5, 1e-3)) ** 0.25  # of a letter
+        return torch.stack([tokens.roll(-1, 1), p[:, None].expand(tokens.shape)], -1), None
+
+    def head(self, x):
+        truth, p = x[..., 0].long(), x[..., 1:].double()
+        rest = (1 - p).clamp(min=1e-30).log().expand(*truth.shape, 257) - math.log(256)
+        return rest.scatter(-1, truth[..., None], p.log())
+
+
+def test_the_bits_of_facts_are_those_that_a_model_knows(monkeypatch):
+    world, model = World(), Knows()
+    model.ranks = {name: rank for rank, name in enumerate(world.names)}
+    means, total = facts.in_bands(facts.known(model, world))
+    assert means == pytest.approx([6, 6, 5, 0, 0, 0], abs=1e-4)
+    assert total == pytest.approx(4 * (16 * 6 + 48 * 5), rel=1e-4)
+
+
+def test_facts_of_a_run_become_a_row(tmp_path, capsys):
+    save_run(tmp_path / "run", build(vocab_size=264))
+    facts.main([str(tmp_path / "run"), "--json", str(tmp_path / "facts.jsonl")])
+    row = json.loads((tmp_path / "facts.jsonl").read_text(encoding="utf-8"))
+    assert row["run"] == "run" and row["facts_bits"] == 0  # untrained
+    assert "things 1 to 4" in capsys.readouterr().out

@@ -273,7 +273,7 @@ def test_speed_is_logged_beside_the_exact_numbers(tmp_path):
     path = one(tmp_path) / "speed.jsonl"
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert [line["step"] for line in lines] == list(range(10))
-    seconds = [line["seconds"] for line in lines]
+    seconds = [line["wall_s"] for line in lines]
     assert seconds == sorted(seconds) and seconds[-1] > 0 and lines[-1]["tok_per_s"] > 0
 
 
@@ -282,14 +282,16 @@ def test_speed_is_logged_beside_the_exact_numbers(tmp_path):
 
 @pytest.mark.parametrize("flags, word", [
     (["--preset", "275m", "--fusion", "late", "--image-size", "32", "--patch-size", "8"], "preset"),
+    (["--preset", "275m", "--width", "16", "--image-size", "32", "--patch-size", "8",
+      "--tokens-per-step", "1024", "--warmup", "2"], "preset"),
     (["--warmup", "1000"], "warmup"),
     (["--tokens", "700"], "tokens")])
 def test_what_is_legal_but_perhaps_not_meant_is_noted(flags, word):
     run = run_of("--tokens", "20K", *flags)
     loader = train.Loader(run.data, 0, run.model.context, run.model.image_size,
                           run.model.patch_size)
-    assert any(f"--{word}" in note for note in train.notes(run, loader))
-    assert not train.notes(run_of("--tokens", "20K"), loader)
+    assert any(f"--{word}" in note for note in train.notes(run, 0, loader))
+    assert not train.notes(run_of("--tokens", "20K"), 0, loader)
 
 
 def test_a_diverged_run_is_marked(tmp_path):

@@ -209,8 +209,8 @@ def find_image(value, members, folder):
         return value
     if os.path.basename(value) in members:
         return members[os.path.basename(value)]
-    if value.startswith(("http://", "https://")):
-        return Skip("image is a URL (download it first)")
+    is_url = value.startswith(("http://", "https://"))
+    value = file_of_url(value) if is_url else value
     for path in (folder / value, folder / "images" / value):
         inside = path.resolve().is_relative_to(folder.resolve())  # not by .. nor by a link
         if path.is_file():
@@ -218,7 +218,13 @@ def find_image(value, members, folder):
                 return Skip("image outside the folder")
             with open(path, "rb") as file:
                 return file.read(MAX_BYTES)
-    return Skip("missing image")
+    return Skip("image is a URL (download it first)" if is_url else "missing image")
+
+
+def file_of_url(url):
+    """Where in images/ tools.obelics puts the image of a URL."""
+    name = hashlib.sha256(url.encode()).hexdigest()
+    return f"{name[:2]}/{name}.jpg"  # 256 folders, because one with millions of files is slow
 
 
 # Every kind of document, in the order of --mixture: its flag, the function that makes parts of a

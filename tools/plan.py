@@ -89,7 +89,7 @@ def plan(run, place, machine):
     lines += [f"disk: {disk:.2f} GB for ckpt.pt and trunk.pt",
               f"padding: {padding:.1%} of the positions, of {run.data.data} data",
               *(line_of(kind, share, run, loader) for kind, share in loader.shares.items()),
-              *(f"note: {note}" for note in train.notes(run, loader))]
+              *(f"note: {note}" for note in train.notes(run, place.memory, loader))]
     return lines, seconds, disk
 
 

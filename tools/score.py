@@ -174,6 +174,14 @@ def scores(said):
             "cider_d": cider_d(answers, references), "n_scored": len(said)}
 
 
+def append_scores(path, run, scores):
+    """Adds a row for tools.table to a file: what the run's own row says, and its scores."""
+    folder = Path(run).resolve()
+    trained = finished(folder.parent).get(folder.name, {"run": folder.name})
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({**trained, **scores}) + "\n")
+
+
 def main(argv=None):
     parser = Parser(prog="python -m tools.score", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="folders of runs, each with a ckpt.pt")
@@ -190,14 +198,12 @@ def main(argv=None):
             print(f"{run} is skipped: it has no ckpt.pt")
             continue
         source, said = answer_all(run, args.data, args.n, args.max_new_tokens)
-        row, folder = scores(said), Path(run).resolve()
+        row = scores(said)
         for _, answer, references in said[:3]:
             print(f"true: {' | '.join(references)!r}\nsaid: {answer!r}")
-        print(f"{folder.name}: " + ", ".join(f"{name} {x:.4g}" for name, x in row.items()))
+        print(f"{Path(run).name}: " + ", ".join(f"{name} {x:.4g}" for name, x in row.items()))
         if args.json:
-            trained = finished(folder.parent).get(folder.name, {"run": folder.name})
-            with open(args.json, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**trained, **row, "scored": source}) + "\n")
+            append_scores(args.json, run, {**row, "scored": source})
 
 
 if __name__ == "__main__":
