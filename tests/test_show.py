@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 import tools.show
-from data import DataConfig, Loader, Row, collate, encode, get_tokenizer
+from data import DataConfig, Document, Loader, Row, collate, encode, get_tokenizer
 from helpers import build, save_run
 from model import attention_mask
 from test_pack import picture, write_tar, write_texts
@@ -27,7 +27,7 @@ def test_page(tmp_path):
         (1, "context"), (1, "image"), (1, "target"), (2, "context"), (2, "image"), (2, "target"),
         (3, "context"), (3, "target"), (3, "image"), (3, "image"), (3, "target")]
     assert encoding.decode(segments[2][2]) == "a red ramp<|endoftext|>"
-    tools.show.draw_rows(batch, encoding.decode, tmp_path / "page.png", 8, 16)
+    tools.show.draw_rows(batch, encoding.decode, tmp_path / "page.png", 8, 16, ["mixed", "text"])
     page = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
     assert page.shape[1] > 800
     blue, grey = (abs(page - ink).max(-1) < 9 for ink in ((11, 61, 145), (153, 153, 153)))
@@ -77,7 +77,7 @@ def world_batch():
 
 def test_the_page_of_the_world_holds_every_target_and_the_nats_of_every_choice(pages):
     batch, encoding = world_batch()
-    tools.show.draw_rows(batch, encoding.decode, "world.png", 8, 32)
+    tools.show.draw_rows(batch, encoding.decode, "world.png", 8, 32, ["a", "b", "c"])
     axes, = pages["world.png"].axes
     blue, small = ([text.get_text() for text in axes.texts if text.get_color() == ink][1:]
                    for ink in (tools.show.INK["target"], tools.show.INK["nats"]))
@@ -86,6 +86,21 @@ def test_the_page_of_the_world_holds_every_target_and_the_nats_of_every_choice(p
     assert "".join("".join(blue).split()) == "".join(told.split())
     assert small == [f"{nats:.1f}" for nats in batch["nll"].tolist() if nats > 0] and len(small) > 9
     assert len(axes.images) == len(batch["images"])
+
+
+def test_the_page_marks_a_document_that_its_row_has_cut(pages):
+    """The pieces of a long text, of which one is cut at its end, one at both ends and one at its
+    start. Another document beside the last is whole."""
+    encoding, rows = get_tokenizer(), [Row(96, n_patches=4, eot=256) for _ in range(3)]
+    ids = np.array(encoding.encode("only text " * 4))
+    for row, ends in zip(rows, ((True, False), (False, False), (False, True))):
+        row.add(Document(ids, [], ends=ends))
+    rows[2].add(encode(["short"], encoding))
+    tools.show.draw_rows(collate(rows, 8), encoding.decode, "page.png", 8, 16, ["text"] * 3)
+    texts = [text.get_text() for text in pages["page.png"].axes[0].texts]
+    assert [text for text in texts if text.startswith("doc")] == [
+        "doc 1\n(cut)", "doc 1\n(cut)", "doc 1\n(cut)", "doc 2"]
+    assert sum(text.startswith("row 2, text: 96 positions") for text in texts) == 1
 
 
 def test_the_drawn_mask_is_that_of_the_model(pages):

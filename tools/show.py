@@ -23,6 +23,7 @@ from world import KINDS
 
 WIDTH = 118  # of a page, in letters
 INK = {"target": "#0b3d91", "context": "#999999", "nats": "#b34700"}
+END = "<|endoftext|>"
 STYLE = {"family": "monospace", "fontsize": 7, "va": "top", "parse_math": False}
 
 
@@ -50,9 +51,10 @@ def row_segments(batch, b):
         yield number, kind, i if kind == "image" else [token for *_, token in run], paid
 
 
-def draw_rows(batch, decode, out_path, patch_size, image_size):
-    """Draw every row of a batch (as collate makes it) to a PNG, a bar for each document. decode:
-    list of ids -> str. SystemExit: the page cannot be written there."""
+def draw_rows(batch, decode, out_path, patch_size, image_size, kinds):
+    """Draw every row of a batch (as collate makes it) to a PNG, a bar for each document, of which
+    it says where the row has cut it. decode: list of ids -> str. kinds: that of each row (str).
+    SystemExit: the page cannot be written there."""
     axes, images = new_page(), picture(batch["images"], patch_size, image_size)
     axes.text(7, 0, "blue: targets, which the model has to predict", STYLE, color=INK["target"])
     axes.text(56, 0, "grey: context, only read, as all images are", STYLE, color=INK["context"])
@@ -63,14 +65,16 @@ def draw_rows(batch, decode, out_path, patch_size, image_size):
     y = 1.5
     for b, targets in enumerate(batch["targets"]):
         patches, padding = (batch["patch_index"][b] >= 0).sum(), (batch["doc"][b] == 0).sum()
-        axes.text(0, y + 1, f"row {b}: {len(targets)} positions, {patches} of them image patches, "
+        axes.text(0, y + 1, f"row {b}, {kinds[b]}: {len(targets)} positions, {patches} of them image patches, "
                   f"{padding} padding; {(targets >= 0).sum()} targets", STYLE, weight="bold")
         y += 2
-        for number, segments in itertools.groupby(row_segments(batch, b), key=lambda s: s[0]):
-            top, colour = y, f"C{(number - 1) % 10}"
+        for number, found in itertools.groupby(row_segments(batch, b), key=lambda s: s[0]):
+            top, colour, segments = y, f"C{(number - 1) % 10}", list(found)
+            ends = segments[0], segments[-1]
+            whole = all(kind != "image" and END in decode(ids) for _, kind, ids, _ in ends)
             y = draw_document(axes, y, segments, images, decode, gap)
             axes.plot([6.4, 6.4], [top, y - 0.2], colour, linewidth=3, solid_capstyle="butt")
-            axes.text(0, top, f"doc {number}", STYLE, color=colour)
+            axes.text(0, top, f"doc {number}" + "\n(cut)" * (not whole), STYLE, color=colour)
     save_page(axes, y, out_path)
 
 
@@ -95,7 +99,7 @@ def draw_document(axes, y, segments, images, decode, gap=1):
             axes.imshow(images[payload], extent=(x + 2, x + 15, y + 5.8, y), aspect="auto")
             top, bottom, left, x = y, y + 6, x + 16, x + 16
             continue
-        text = decode(payload).replace("<|endoftext|>", "⟨end⟩")
+        text = decode(payload).replace(END, "⟨end⟩")
         for k, paragraph in enumerate(re.split(r"\n\s*", text)):
             x, y = (left, y + gap) if k else (x, y)
             indent = " " * (x - left)  # after what is on this line already
@@ -184,7 +188,7 @@ def main(argv=None):
     else:
         rows = [source.row(kind, n) for kind, n in kinds]
     batch = collate(rows, patch)
-    draw_rows(batch, loader.encoding.decode, args.out, patch, size)
+    draw_rows(batch, loader.encoding.decode, args.out, patch, size, [kind for kind, _ in kinds])
     if args.mask:
         draw_mask(batch, args.mask)
     print(f"{args.n} rows: {', '.join(kind for kind, _ in kinds)}")
