@@ -880,7 +880,7 @@ class StopSignal:
 
     def ask(self, number, frame):
         if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise SystemExit("stopped; the same command goes on from the last checkpoint")
         self.asked = True
         print("\nstopping after this step ...", file=sys.stderr, flush=True)
 

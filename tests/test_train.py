@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train
+from helpers import one_line
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--width 16 --depth 1 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 2 "
@@ -275,6 +276,13 @@ def test_speed_is_logged_beside_the_exact_numbers(tmp_path):
     assert [line["step"] for line in lines] == list(range(10))
     seconds = [line["wall_s"] for line in lines]
     assert seconds == sorted(seconds) and seconds[-1] > 0 and lines[-1]["tok_per_s"] > 0
+
+
+def test_a_second_ctrl_c_ends_at_once_in_one_line():
+    stop = train.StopSignal()
+    stop.ask(signal.SIGINT, None)
+    assert stop.asked
+    one_line(SystemExit, stop.ask, signal.SIGINT, None)
 
 
 # -- before a run ----------------------------------------------------------------------------------
