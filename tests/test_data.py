@@ -81,16 +81,6 @@ def test_worker_processes_change_nothing():
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_every_hundred_rows_hold_the_mixture_exactly():
-    loader = make_loader(mixture="20-40-40")
-    kinds = [loader.kind_of(g) for g in range(300)]
-    for block in range(3):
-        count = collections.Counter(kind for kind, _ in kinds[100 * block:100 * (block + 1)])
-        assert count == {"caption": 20, "interleaved": 40, "text": 40}
-    for kind in KINDS:  # rows of a kind are numbered without gaps, so an epoch misses none
-        assert [n for k, n in kinds if k == kind] == list(range(sum(k == kind for k, _ in kinds)))
-
-
 def test_validation_rows_hold_whole_documents_and_an_exact_floor():
     source = make_loader(val_rows=3).source
     for kind in KINDS:
@@ -195,52 +185,6 @@ def test_a_batch_without_images_has_a_dummy_one():
 
 
 # -- packing long documents into rows ------------------------------------------------------------
-
-
-class ToyShards(data.Shards):
-    """Documents given as strings of t (text) and I (image), patches of 4, image sides of 1."""
-
-    def __init__(self, documents):
-        self.encoding = data.get_tokenizer()
-        self.ids = [np.array([IMAGE if c == "I" else n for n, c in enumerate(d, 1)], np.int32)
-                    for d in documents]
-        self.docs = {"text": np.array([(0, 0, len(ids), (ids == IMAGE).sum())
-                                       for ids in self.ids])}
-
-    def tokens(self, kind, i):
-        return self.ids[i]
-
-    def image(self, kind, i, j):
-        return np.full((1, 1, 3), j, np.uint8)
-
-
-@pytest.mark.parametrize("documents", [
-    ["ttt", "ItI", "t", "IIIIIIII", "t" * 100, "tItItItItItItIt", "tt"],
-    ["t" * 57], ["I" * 9] * 3, ["ttttttttttI" * 5] * 4, ["t" * 30, "tItttttttIttt", "tt"],
-    ["".join(random.Random(seed).choices("tttI", k=60)) for seed in range(9)]])
-def test_packing_cuts_no_image_and_places_everything_once(documents):
-    """The pieces of a document, one after the other, are what `expand` makes of all of it."""
-    shards, context = ToyShards(documents), 12
-    plan = data.Plan(shards, "text", context, 4)
-    found = collections.defaultdict(list)
-    for n in range(plan.n_rows):
-        row = Row(context, 4, eot=99)
-        for i, start, stop in plan.row(n):
-            before = row.used
-            row.add(shards.document("text", i, 1, start, stop))
-            at = slice(before, row.used)
-            images = [row.images[p // 4][0, 0, 0] * 4 + p % 4 if p >= 0 else -1
-                      for p in row.patch[at].tolist()]
-            found[i].append((start, stop, [*zip(row.tokens[at], images, row.target[at])]))
-    for i, ids in enumerate(shards.ids):
-        starts, stops, pieces = zip(*sorted(found[i]))
-        assert starts == (0, *np.array(stops[:-1]) - 1) and stops[-1] == len(ids) + 2
-        ids, patch, target, _ = data.expand(Document(ids, []), 99, 4)
-        whole = [*zip(ids, patch, target)]
-        placed = [position for piece in pieces for position in piece]
-        assert [x for x in placed if x[2] >= 0] == [x for x in whole if x[2] >= 0]
-        if all(pieces):  # a piece without a target is not placed
-            assert placed == whole
 
 
 def test_a_plan_of_many_long_texts_is_made_without_reading_them():

@@ -20,9 +20,7 @@ from hypothesis import strategies as st
 import data
 import fit_laws
 import train
-from data import IMAGE, READ, DataConfig, Document, Loader, Row, Shards, collate
-from model import attention_mask
-from test_data import ToyShards
+from data import IMAGE, READ, DataConfig, Loader, Row, Shards
 from test_pack import llava, obelics, picture, write_tar, zstd
 from tools.pack import make_document, pack, read_source
 
@@ -48,14 +46,19 @@ def in_one_line(function, *args):
 # A document is a string: t is a token, r a token that is only read, I an image.
 
 
-class Numbered(ToyShards):
-    """Every token of every document is another one, and so is every image."""
+class Numbered(Shards):
+    """Every token of every document is another one, and so is every image, whose side is 1."""
 
     def __init__(self, documents):
-        super().__init__(documents)
+        self.encoding = data.get_tokenizer()
         self.ids = [np.array([{"t": 100 * i + n, "r": READ - 100 * i - n, "I": IMAGE}[c]
                               for n, c in enumerate(document)], np.int32)
                     for i, document in enumerate(documents, 1)]
+        self.docs = {"text": np.array([(0, 0, len(ids), (ids == IMAGE).sum())
+                                       for ids in self.ids])}
+
+    def tokens(self, kind, i):
+        return self.ids[i]
 
     def image(self, kind, i, j):
         return np.full((1, 1, 3), 40 * i + j, np.uint8)
@@ -65,43 +68,31 @@ class Numbered(ToyShards):
 @given(st.lists(st.text("tttrI", min_size=1, max_size=40), min_size=1, max_size=6),
        st.integers(P + 2, 30))
 def test_packing_predicts_each_token_once_and_from_the_one_before_it(documents, context):
+    """Or from the image before it. No image is cut or placed twice."""
     shards = Numbered(documents)
-    plan, found = data.Plan(shards, "text", context, P), Counter()
+    plan, found, shown = data.Plan(shards, "text", context, P), Counter(), []
     for n in range(plan.n_rows):
         row = Row(context, P, EOT)
         for i, start, stop in plan.row(n):
             row.add(shards.document("text", i, 1, start, stop))
-        is_patch = row.patch >= 0
-        assert row.patch[is_patch].tolist() == [*range(P * len(row.images))]
-        owners = {(row.doc[at], row.tokens[at] // 100 - 1)
-                  for at in np.flatnonzero(row.doc) if not is_patch[at] and row.tokens[at] != EOT}
-        owners |= {(row.doc[at], row.images[row.patch[at] // P][0, 0, 0] // 40)
-                   for at in np.flatnonzero(is_patch)}
+        is_patch, images = row.patch >= 0, [int(image[0, 0, 0]) for image in row.images]
+        shown += images
+        assert row.patch[is_patch].tolist() == [*range(P * len(images))]
+        seen = [("image", images[patch // P]) if patch >= 0 else int(token)
+                for token, patch in zip(row.tokens, row.patch)]
+        owners = {(row.doc[at], part[1] // 40 if is_patch[at] else part // 100 - 1)
+                  for at, part in enumerate(seen) if row.doc[at] and part != EOT}
         assert len(owners) == len(dict(owners)), "the mask would let a document see another"
         for at in np.flatnonzero(row.target >= 0):
             assert row.doc[at] and (not is_patch[at] or row.patch[at] % P == P - 1)
-            found[IMAGE if is_patch[at] else row.tokens[at], row.target[at]] += 1
-    assert found == Counter((int(data.ids_of(a)), b) for ids in shards.ids
-                            for a, b in zip([EOT, *ids], [*ids, EOT]) if b >= 0)
-
-
-@examples(100)
-@given(st.lists(st.text("ttrI", min_size=1, max_size=12), min_size=1, max_size=6))
-def test_the_mask_is_the_rule_pair_by_pair(documents):
-    row, owner = Row(40, P, EOT), []  # owner: (document, image) of each position
-    for i, document in enumerate(documents):
-        row.add(Document(Numbered([document]).ids[0], [np.zeros((2, 2, 3), np.uint8)] * 12))
-        positions = [(i, None)]
-        for n, part in enumerate(document):
-            positions += [(i, n)] * P if part == "I" else [(i, None)]
-        owner += positions[:row.used - len(owner)]
-    batch = collate([row], 1)
-    mask = attention_mask(batch["doc"], batch["patch_index"] // P)[0, 0]
-    for q, (document, image) in enumerate(owner):
-        for k, (other, part) in enumerate(owner):
-            past, same_image = k <= q, image is not None and image == part
-            assert mask[q, k] == (document == other and (past or same_image))
-    assert not mask[:len(owner), len(owner):].any(), "nothing looks at padding"
+            found[seen[at], row.target[at]] += 1
+    assert len(shown) == len({*shown})
+    expected = Counter()
+    for i, ids in enumerate(shards.ids):
+        number = itertools.count(40 * i)
+        parts = [("image", next(number)) if x == IMAGE else x for x in data.ids_of(ids).tolist()]
+        expected.update((a, b) for a, b in zip([EOT, *parts], [*ids.tolist(), EOT]) if b >= 0)
+    assert found == expected
 
 
 @examples(100)
