@@ -226,15 +226,18 @@ def test_checkpointing_changes_nothing(kind):
 
 
 @every_kind
-def test_overfits_one_batch(kind):
-    model, batch = build(**kind), make_batch(tiny(), ROWS)
+def test_two_captions_of_two_pictures_are_learnt(kind):
+    """The rows differ in their image and in the text after it only."""
+    model, batch = build(**kind), make_batch(tiny(), [["tItt"], ["tItt"]])
+    batch["tokens"] = torch.where(batch["patch_index"] >= 0, 0, batch["tokens"][:1])
+    batch["targets"][1, 4] = (batch["targets"][0, 4] + 1) % 37  # after the last patch
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     for _ in range(120):
         out = model(batch)
         optimizer.zero_grad()
         ((out.loss + 0.01 * out.balance) / len(out.token_loss)).backward()
         optimizer.step()
-    assert model(batch).loss.item() / len(out.token_loss) < 0.1
+    assert model(batch).loss.item() / len(out.token_loss) < 0.1  # ln 2 / 2 without the image
 
 
 def test_pixels_become_minus_one_to_one():
@@ -244,20 +247,6 @@ def test_pixels_become_minus_one_to_one():
     model.vision.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     model(batch)
     assert seen[0].unique().tolist() == [-1, 1] and seen[0].dtype == torch.float32
-
-
-def test_the_picture_is_used():
-    """Two rows that differ in their image only, and have different captions, can be learnt."""
-    model, batch = build(), make_batch(tiny(), [["tItt"], ["tItt"]])
-    batch["tokens"] = torch.where(batch["patch_index"] >= 0, 0, batch["tokens"][:1])
-    batch["targets"][1, 4] = (batch["targets"][0, 4] + 1) % 37  # after the last patch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        loss = model(batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.3
 
 
 def count_on_meta(name, **changes):
