@@ -18,9 +18,10 @@ import torch
 import train
 from data import Shards
 from helpers import one_line
+from test_pack import write_tar
 from tools import curves, table
 from tools import pack as pack_file
-from tools.pack import make_document, pack, read_source
+from tools.pack import pack, read_source
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--width 16 --depth 1 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 2 "
@@ -235,13 +236,6 @@ def test_a_clock_that_was_set_back(tmp_path, capsys):
 # -- flags -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", ["--tokens 0", "--tokens -1", "--tokens 2,5B", "--width 16.5",
-                                   "--seed 1.5", "--tokens 1e999", "--tokens nan"])
-def test_numbers_that_mean_something_else_are_refused(flags):
-    flag, value = flags.split()
-    assert flag in one_line(SystemExit, train.parse_runs, [flag, value])
-
-
 def test_an_encoder_is_not_taken_from_early_fusion(tmp_path):
     early = str(start(tmp_path / "early"))
     flags = ["--fusion", "late", "--init-vision", early]
@@ -302,15 +296,6 @@ def test_lists_of_records(tmp_path, content, n):
     assert whole == (content.strip()[-1:] == "]")
 
 
-def test_every_damaged_file_is_named(tmp_path):
-    (tmp_path / "in").mkdir()
-    jsonl(tmp_path / "in" / "good.jsonl", *TEXTS)
-    for name in ("bad1", "bad2"):
-        (tmp_path / "in" / f"{name}.jsonl.gz").write_bytes(b"no gzip")
-    meta = packed(tmp_path / "out", str(tmp_path / "in"))
-    assert all(any(name in reason for reason in meta["skipped"]) for name in ("bad1", "bad2"))
-
-
 def test_a_file_whose_name_is_no_utf8_is_packed_and_named(tmp_path):
     path = os.fsencode(tmp_path) + b"/caf\xe9.jsonl"
     with open(path, "w", encoding="utf-8") as file:
@@ -350,24 +335,11 @@ def parts_of(path, kind):
 
 
 def test_the_bound_is_of_a_sample(tmp_path, monkeypatch):
-    import io
-    import tarfile
     monkeypatch.setattr(pack_file, "MAX_BYTES", 100)
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, size in (("a.jpg", 60), ("a.txt", 60), ("b.jpg", 60), ("b.txt", 30)):
-            member = tarfile.TarInfo(name)
-            member.size = size
-            tar.addfile(member, io.BytesIO(b"x" * size))
+    members = ("a.jpg", 60), ("a.txt", 60), ("b.jpg", 60), ("b.txt", 30)
+    write_tar(tmp_path / "a.tar", [(name, b"x" * size) for name, size in members])
     first, second = (parts for _, parts in read_source(tmp_path / "a.tar", "caption"))
     assert first == ["sample too large"] and second == [b"x" * 60, "x" * 30]
-
-
-def test_texts_around_a_lost_image_are_not_glued(tmp_path):
-    from data import get_tokenizer
-    record = {"texts": ["before", None, "after"], "images": [None, "http://gone", None]}
-    document, lost = make_document(parts_of(jsonl(tmp_path / "a.jsonl", record), "interleaved"),
-                                   "interleaved", get_tokenizer(), 16)
-    assert bytes(document.tokens.tolist()) == b"before\n\nafter" and len(lost) == 1
 
 
 def test_a_place_that_is_empty_in_both_lists_is_counted(tmp_path):

@@ -31,12 +31,12 @@ def wait_for(folder, pattern, process):
 
 def test_a_grid_is_the_product_of_its_lists_and_budgets_stay_together():
     jobs = sweep.parse_grid([*TINY, "--width=16,24,16", "--fusion", "early,late", "--augment",
-                             "--tokens", "5K,10K", "--init-vision", ""])
+                             "--no-flip", "--tokens", "5K,10K", "--init-vision", ""])
     assert len(jobs) == 4 and all(len(runs) == 2 for _, runs in jobs)
     assert {(run.model.width, run.model.fusion) for _, runs in jobs for run in runs} == {
         (16, "early"), (16, "late"), (24, "early"), (24, "late")}
     assert jobs[0][1][0].model.width == 24  # the longest first
-    assert all(run.data.augment for _, runs in jobs for run in runs)
+    assert all(run.data.augment > run.data.flip for _, runs in jobs for run in runs)
 
 
 def test_a_sweep_trains_every_run_once_and_skips_what_is_finished(tmp_path):
