@@ -7,45 +7,25 @@ import numpy as np
 import pytest
 
 import fit_laws as fl
-from tools import figures
+from helpers import one_line
+from test_fit_laws import EARLY, SPARSE, planted
+from tools import figures, multiplier
+from tools import fit_tables as ft
 from tools import laws_more as more
-
-EARLY = np.array([*np.log([270, 1857, 1.904]), 0.301, 0.335])  # Table 2
-
-
-def runs_of(N, D, L, name="all", **columns):
-    """Runs of arrays (n,); the columns of their table are (n,) too, or one value for all rows."""
-    table = [{k: np.broadcast_to(v, len(N))[i] for k, v in columns.items()} for i in range(len(N))]
-    return fl.Runs(name, N, D, L, 6 * N * D, np.array(table))
-
-
-def noisy(L, noise, seed=0):
-    return L * np.exp(noise * np.random.default_rng(seed).normal(size=len(L)))
-
-
-def grid(sizes, tokens, active=1):
-    """A paper-like study: 275M to 3.35B parameters, 2.5B to 600B tokens."""
-    axes = np.geomspace(275e6, 3.35e9, sizes), np.geomspace(2.5e9, 6e11, tokens), active
-    return [axis.ravel() for axis in np.meshgrid(*axes)]
-
-
-def planted(coef, noise=0.0, sizes=7, tokens=10, name="all"):
-    N, D, _ = grid(sizes, tokens)
-    return runs_of(N, D, noisy(fl.predict(coef, N, D), noise), name, mixture=name)
-
+from tools.bench_fit import runs_of
 
 def mixtures(beta_of_last=0.335, noise=0.0):
     """Three groups with their own A, B, E and shared exponents, but for the last beta."""
     for k, law in enumerate(((270, 1857, 1.904), (290, 1800, 1.95), (260, 1900, 1.85))):
         coef = np.array([*np.log(law), 0.301, beta_of_last if k == 2 else 0.335])
-        yield planted(coef, noise, 4, 6, f"m{k}")
+        yield planted(coef, noise, 6, f"m{k}")
 
 
-def isoflop_runs(noise=0.0):
+def isoflop_runs():
     """Seven sizes at each of six budgets."""
     C = np.repeat(np.geomspace(1e19, 1e22, 6), 7)
     N = fl.optimum(EARLY, C)[0] * np.tile(np.geomspace(0.5, 2, 7), 6)
-    return runs_of(N, C / (6 * N), noisy(fl.predict(EARLY, N, C / (6 * N)), noise))
+    return runs_of(N, C / (6 * N), fl.predict(EARLY, N, C / (6 * N)), "all")
 
 
 def write_table(path, groups):
@@ -61,14 +41,13 @@ def test_tied_exponents_win_where_they_are_equal():
     found = more.tied_law(planted(equal, 0.003))
     assert found["tied"]["exponent"] == pytest.approx(0.301, abs=0.02)
     assert found["tied"]["aic"] < found["free"]["aic"] + 2
-    sparse = np.array([*np.log([381773, 4659, 2.158]), 0.71, 0.372])  # Table 2
-    found = more.tied_law(planted(sparse, 0.003))
+    found = more.tied_law(planted(SPARSE, 0.003))
     assert found["tied"]["aic"] > found["free"]["aic"] + 20
 
 
 def test_joint_law_shares_exponents():
     def joint(groups):
-        studies = [SimpleNamespace(runs=runs, weight=np.ones((2, 24))) for runs in groups]
+        studies = [SimpleNamespace(runs=runs, weight=np.ones((2, 36))) for runs in groups]
         return more.joint_law(studies)
 
     found = joint(mixtures())
@@ -80,28 +59,20 @@ def test_joint_law_shares_exponents():
     assert rivals["separate"]["aic"] < rivals["joint"]["aic"] - 20
 
 
-def sparse_runs(noise=0.0):
-    """Five sparsities of Table 12's law."""
-    N, D, active = grid(6, 8, [1, 0.5, 0.25, 0.125, 0.0625])
-    L = (0.94 + 16000 / N**0.6 + 5500 / D**0.4 + 0.46 * active**0.17
-         + 17 / (active**0.16 * N**0.16))
-    return runs_of(N, D, noisy(L, noise, 1), sparsity=1 - active, n_experts=1 / active, top_k=1)
-
-
 def test_sparse_law_of_table_12():
-    runs = sparse_runs()
+    runs = ft.plant_sparse(0, 1)
     law = more.sparse_law(runs, np.ones((1, len(runs.N))))
-    truth = (16000, 5500, 0.94, 0.46, 17, 0.6, 0.4, -0.17, 0.16, 0.16)
+    truth = [*np.exp(ft.SPARSE_TRUTH[:5]), *ft.SPARSE_TRUTH[5:]]
     np.testing.assert_allclose([law[k] for k in more.SPARSE_NAMES], truth, rtol=1e-3)
     aic = {name: rival["aic"] for name, rival in law["rivals"].items()}
     assert aic["with S"] < min(aic["separate"], aic["without"]) - 20
     assert law["rivals"]["separate"]["coefficients"] == 25 and law["sparsities"][-1] == 0.9375
     active = more.active_share(runs)
     assert more.sparse_law(runs.rows(active > 0.4), np.ones((1, 96))) is None
-    experts = [{k: row[k] for k in ("n_experts", "top_k")} for row in runs.table]
+    experts = [{"n_experts": 1 / share, "top_k": 1} for share in active]
     np.testing.assert_allclose(more.active_share(SimpleNamespace(table=experts)), active)
     weights = fl.draw_weights(240, 10, 0)
-    weak = more.sparse_law(sparse_runs(0.005), weights)["not_identified"]
+    weak = more.sparse_law(ft.plant_sparse(0.005, 1), weights)["not_identified"]
     assert {"C", "lambda", "A"} & {*weak} and not {"B", "beta"} & {*weak}
 
 
@@ -154,7 +125,7 @@ def test_command_line_writes_everything(tmp_path, capsys):
     assert {"E", "ci", "tied", "sparse", "sensitivity", "profile"} <= found["groups"][0].keys()
     assert {*found["joint"]["all"]["groups"]} == {"m0", "m1", "m2"}
     assert "one alpha and beta" in capsys.readouterr().out
-    table = write_table(tmp_path / "i.csv", [isoflop_runs(0.001)])
+    table = write_table(tmp_path / "i.csv", [isoflop_runs()])
     group = more.main([table, "--bootstrap", "5"])["groups"][0]
     assert group["isoflop_budgets"] == 6 and len(group["ci"]["b_isoflop"]) == 2
 
@@ -164,12 +135,10 @@ def test_command_line_writes_everything(tmp_path, capsys):
     (more, ["t.csv", "--compare", "a", "b"], "--compare"), (more, ["--boostrap"], "--bootstrap"),
     (figures, [], "table"), (figures, ["t.csv", "--json", "x"], "--json")])
 def test_mistakes_end_in_one_line(tool, flags, named):
-    with pytest.raises(SystemExit) as stop:
-        tool.main(flags)
-    assert named in str(stop.value) and "\n" not in str(stop.value)
+    assert named in one_line(SystemExit, tool.main, flags)
 
 
-@pytest.mark.parametrize("groups, resamples", [([isoflop_runs(0.001)], "0"),
+@pytest.mark.parametrize("groups, resamples", [([isoflop_runs()], "0"),
                                                (mixtures(noise=0.002), "5")])
 def test_figures(groups, resamples, tmp_path):
     pytest.importorskip("matplotlib")
@@ -182,7 +151,6 @@ def test_figures(groups, resamples, tmp_path):
 def test_the_multiplier_of_a_planted_pair(tmp_path, capsys):
     """The second group learns from N and D as the first does from N / 2 and D / 2: it needs four
     times the compute, at every budget."""
-    from tools import multiplier
     rows = []
     for fusion, waste in (("early", 1), ("late", 2)):
         for N in (1e4, 3e4, 1e5, 3e5):
