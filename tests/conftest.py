@@ -22,3 +22,12 @@ def pytest_collection_modifyitems(items):
         names = [inspect.getsource(item.function), *item.fixturenames]
         if re.search(r"\b(SHARED|VAL|ALT|FITS|shared|published|kept240|plain)\b", " ".join(names)):
             item.add_marker(pytest.mark.skip(reason="needs ../shared, which is not published"))
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """The figures that are written, by their names."""
+    found = {}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda page, path, **_: found.setdefault(str(path), page))
+    return found

@@ -211,14 +211,10 @@ def test_results_folder_end_to_end(tmp_path, capsys):
         assert (folder / "laws.png").stat().st_size > 20_000
 
 
-def test_one_plot_holds_runs_frontiers_bands_sizes_and_the_floor(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    pages = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
-                        lambda page, *_, **__: pages.append(page))
+def test_one_plot_holds_runs_frontiers_bands_sizes_and_the_floor(tmp_path, pages):
     folder = write_results(tmp_path / "demo", noise=0.05, seeds=3)
     run(folder, "--bootstrap", 20)
-    ax, = pages[0].axes
+    ax, = pages[str(folder / "laws.png")].axes
     assert {text.get_text() for text in ax.texts} == {"50,000", "120,000", "300,000", "800,000"}
     rows = [row for row in fl.read_rows(folder) if row.get("loss")]
     curves = [line for line in ax.lines if line.get_linewidth() == 2.5]

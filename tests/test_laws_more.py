@@ -14,6 +14,7 @@ from tools import fit_tables as ft
 from tools import laws_more as more
 from tools.bench_fit import runs_of
 
+
 def mixtures(beta_of_last=0.335, noise=0.0):
     """Three groups with their own A, B, E and shared exponents, but for the last beta."""
     for k, law in enumerate(((270, 1857, 1.904), (290, 1800, 1.95), (260, 1900, 1.85))):
@@ -141,7 +142,6 @@ def test_mistakes_end_in_one_line(tool, flags, named):
 @pytest.mark.parametrize("groups, resamples", [([isoflop_runs()], "0"),
                                                (mixtures(noise=0.002), "5")])
 def test_figures(groups, resamples, tmp_path):
-    pytest.importorskip("matplotlib")
     flags = ["--bootstrap", resamples, "--out", str(tmp_path / "new")]
     figures.main([write_table(tmp_path / "t.csv", groups), *flags])
     for name in ("laws_more", "residuals"):

@@ -4,21 +4,19 @@ The tools beside the model: sample, convert, check, experts and facts."""
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from helpers import build, hidden, make_batch, one_line, same, save_run
 from model import Attention, adopt, attention_mask, read_weights, rope_table
+from test_pack import picture
 from tools import check, convert, experts, facts, sample
 from world import World
 
 
 def test_sample_prints_a_caption(tmp_path, capsys):
-    image = pytest.importorskip("PIL.Image")
-    pixels = np.arange(20 * 14 * 3, dtype=np.uint8).reshape(14, 20, 3)
-    image.fromarray(pixels).save(tmp_path / "cat.png")
+    (tmp_path / "cat.png").write_bytes(picture())
     save_run(tmp_path / "run", build(vocab_size=264))
     args = [str(tmp_path / "run"), "--prompt", "a cat", "--max-new-tokens", "3"]
     for more in ([], ["--image", str(tmp_path / "cat.png")]):

@@ -60,15 +60,6 @@ def test_show_with_its_defaults_and_with_mistakes(tmp_path, monkeypatch, capsys)
             tools.show.main(argv)
 
 
-@pytest.fixture
-def pages(monkeypatch):
-    """The figures that are written, by their names."""
-    found = {}
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
-                        lambda page, path, **_: found.setdefault(str(path), page))
-    return found
-
-
 def world_batch():
     """A held-out row of each kind."""
     loader = Loader(DataConfig(val_rows=1), 0, 128, 32, 8)
