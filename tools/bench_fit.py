@@ -9,7 +9,6 @@ The usual call has scipy's default tolerances, coefficients that are not centred
 is not divided by delta, and a gradient by differences.
 """
 
-import argparse
 import time
 from itertools import product
 from pathlib import Path
@@ -20,6 +19,7 @@ from scipy.special import huber, logsumexp
 
 import fit_laws as fl
 from tools import markdown
+from train import Parser
 
 BEST = 0.0010182740178006  # the least objective known on these 240 rows
 
@@ -83,8 +83,7 @@ def measure(folder, starts=24, resamples=40):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.bench_fit", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="python -m tools.bench_fit", description=__doc__)
     p.add_argument("tables", type=Path, help="folder with the published table")
     print(markdown(["", "ours", "the usual call"], measure(p.parse_args(argv).tables)))
 

@@ -26,7 +26,7 @@ import torch
 import train
 from model import Attention, Model, attention_mask, block_mask, rope_table, training_memory
 from moe import grouped_experts, grouped_mm_is_fast, looped_experts
-from tools.bench import random_batch, step
+from tools.bench import Bench, random_batch, step
 
 LIMIT = 0.02  # of the norm. Rounding to bf16 makes 0.005 to 0.01, a wrong mask more than 0.5.
 
@@ -135,23 +135,18 @@ def check_ranks(folder, rows, run, machine, ranks=1, flags=()):
 # ---- Fast ----------------------------------------------------------------------------------------
 
 
-def seconds(work, machine, times=5):
-    """The median time of one call, after a first one to warm up."""
-    took = []
-    for _ in range(times + 1):
-        start = time.perf_counter()
-        work()
-        if machine.is_cuda:
-            torch.cuda.synchronize()
-        took.append(time.perf_counter() - start)
-    return sorted(took[1:])[times // 2]
+def seconds(machine, *works):
+    """The median times of calls by the wall, after a first one of each to warm up."""
+    bench = Bench(machine, quick=False, folder=Path())
+    took = bench.interleave(dict(enumerate(works)), 5, time.perf_counter)
+    return [np.median(times) for times in took.values()]
 
 
 def rates(run, machine):
     side = 8192 if machine.is_cuda else 1536
     a = random(side, side, device=machine.device, dtype=machine.dtype).detach()
     b = torch.empty_like(a)
-    product, copy = (seconds(work, machine) for work in (lambda: a @ a, lambda: b.copy_(a)))
+    product, copy = seconds(machine, lambda r: a @ a, lambda r: b.copy_(a))
     return (f"matrix products {2 * side ** 3 / product / 1e12:.2f} TFLOP/s, memory "
             f"{2 * a.nbytes / copy / 1e9:,.0f} GB/s")
 
@@ -165,7 +160,8 @@ def speed(run, machine):
     trainer.accumulation = 2
     batch = train.to_device(random_batch(run.model, trainer.rows, np.random.default_rng(0)),
                             machine)
-    took = seconds(partial(step, trainer, batch), machine) / 2  # seconds a micro-step
+    took, = seconds(machine, lambda r: step(trainer, batch))
+    took /= 2  # seconds a micro-step
     tokens = trainer.rows * run.model.context
     flops = trainer.model.flops(tokens, len(batch["images"]) * run.model.n_patches) / took
     told = (f"{trainer.rows} rows x {run.model.context} in {1e3 * took:,.0f} ms, "

@@ -99,7 +99,6 @@ def main(argv=None):
     if model.cfg.moe != "learned":
         raise SystemExit(f"{args.run} has no router (--moe {model.cfg.moe}): train with "
                          "--moe learned")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     cfg = DataConfig(data["data"], data["mixture"], val_rows=args.rows)
     counts = count(model, Loader(cfg, 0, model.cfg.context, model.cfg.image_size,
                                  model.cfg.patch_size))

@@ -9,7 +9,6 @@ D and loss. They are for checking only, and are not part of this project.
 
 # n rows (runs), K resamples or studies, Q budgets.
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import fit_laws as fl
 from tools import laws_more as lm
 from tools import markdown
 from tools.bench_fit import measure, read_table, runs_of
+from train import Parser
 
 SIZES = (0.27484e9, 0.46403e9, 0.93168e9, 1.62678e9, 2.2799e9, 3.35425e9)  # early (Table 6)
 DECODERS = (247e6, 412e6, 834e6, 1.44e9, 2.01e9, 3.03e9)  # late
@@ -313,8 +313,7 @@ def page(args):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.fit_tables", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="python -m tools.fit_tables", description=__doc__)
     p.add_argument("tables", type=Path, help="folder with the published tables")
     p.add_argument("--studies", type=int, default=200)
     p.add_argument("--resamples", type=int, default=1000)

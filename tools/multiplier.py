@@ -10,7 +10,6 @@ E decides the answer where the frontier flattens. Below it stands the rollout: a
 to each width predicts the next width's losses. The other flags are those of fit_laws.py.
 """
 # Dimensions: n rows (runs), K resamples.
-import sys
 from argparse import Namespace
 
 import numpy as np
@@ -89,4 +88,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     end_with_the_pipe()
-    main(sys.argv[1:])
+    main()

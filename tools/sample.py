@@ -18,11 +18,13 @@ from train import Parser
 
 
 def load_model(run_dir):
-    """A run's directory -> its Model, on the CPU and in eval mode, and its data settings (dict)."""
+    """A run's directory -> its Model, on a GPU if there is one and in eval mode, and its data
+    settings (dict)."""
     def build(ckpt):
         model = Model(ModelConfig(**ckpt["config"]["model"]))
         model.load_state_dict(ckpt["model"])
-        return model.eval(), ckpt["config"]["data"]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return model.to(device).eval(), ckpt["config"]["data"]
     return read_checkpoint(run_dir, build)
 
 
@@ -74,7 +76,6 @@ def main(argv=None):
     check(args.temperature >= 0 and args.top_k >= 0,
           f"--temperature {args.temperature} --top-k {args.top_k}: need 0 or more")
     model, data = load_model(args.run_dir)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, cfg = get_tokenizer(data["tokenizer"]), model.cfg
     if args.out:
         check(not args.image and not args.prompt, "--out draws held-out pictures: leave out "

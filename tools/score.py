@@ -149,7 +149,6 @@ def answer_all(run, source, n, max_new_tokens):
     """The folder of a run -> the source that was asked, and a list of (kind, what the model says,
     references)."""
     model, data = load_model(run)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     source, encoding, said = source or data["data"], get_tokenizer(data["tokenizer"]), []
     documents = islice(conversations(Path(source), model.cfg, encoding), n) \
         if source.endswith((".json", ".jsonl")) else held_out(model, data, source, n or 64)
