@@ -1,5 +1,6 @@
 """Random batches in the loader's format (data.py), made without data.py: hermetic and tiny."""
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -41,6 +42,12 @@ def save_run(folder, model, tokenizer="bytes"):
     data = {"data": "procedural", "mixture": "45-45-10", "tokenizer": tokenizer}
     config = {"model": dataclasses.asdict(model.cfg), "data": data}
     torch.save({"model": model.state_dict(), "config": config}, folder / "ckpt.pt")
+
+
+def write_rows(path, rows) -> str:
+    """A file of a json a line -> its path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
 def one_line(kind, function, *args, **options) -> str:

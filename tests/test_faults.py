@@ -17,8 +17,8 @@ import torch
 
 import train
 from data import Shards
-from helpers import one_line
-from test_pack import write_tar
+from helpers import one_line, write_rows
+from test_pack import llava, write_tar
 from tools import curves, table
 from tools import pack as pack_file
 from tools.pack import pack, read_source
@@ -39,11 +39,6 @@ def again(out, *flags):
     return one_line(SystemExit, start, out, *flags)
 
 
-def jsonl(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return str(path)
-
-
 def packed(out, path, kind="text", **options):
     options = {"val_fraction": 0.3, "image_size": 16, **options}
     return pack({kind: [path]}, out, workers=1, **options)
@@ -56,10 +51,10 @@ TEXTS = [{"text": f"text number {i} " * 20} for i in range(40)]
 
 
 def test_other_data_in_the_folder_of_a_checkpoint_are_refused(tmp_path):
-    packed(tmp_path / "data", jsonl(tmp_path / "a.jsonl", *TEXTS))
+    packed(tmp_path / "data", write_rows(tmp_path / "a.jsonl", TEXTS))
     flags = ["--data", str(tmp_path / "data"), "--mixture", "0-0-100"]
     start(tmp_path / "out", *flags)
-    packed(tmp_path / "data", jsonl(tmp_path / "b.jsonl", *TEXTS[:20]))
+    packed(tmp_path / "data", write_rows(tmp_path / "b.jsonl", TEXTS[:20]))
     assert "packed anew" in again(tmp_path / "out", *flags)
 
 
@@ -215,7 +210,7 @@ def test_a_study_that_is_deleted_under_a_sweep(tmp_path):
 
 def test_a_clock_that_was_set_back(tmp_path, capsys):
     """Files from the future: nothing is trained or packed again, and a run goes on."""
-    packed(tmp_path / "data", jsonl(tmp_path / "a.jsonl", *TEXTS))
+    packed(tmp_path / "data", write_rows(tmp_path / "a.jsonl", TEXTS))
     flags = ["--data", str(tmp_path / "data"), "--mixture", "0-0-100"]
     folder = start(tmp_path / "out", *flags)
     before = (folder / "log.jsonl").read_bytes()
@@ -252,7 +247,7 @@ def reasons(meta):
 def test_a_line_that_is_too_long_is_skipped_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(pack_file, "MAX_LINE", 2000)
     long = {"text": "x" * 9000}
-    path = jsonl(tmp_path / "a.jsonl", *TEXTS[:3], long, *TEXTS[3:])
+    path = write_rows(tmp_path / "a.jsonl", [*TEXTS[:3], long, *TEXTS[3:]])
     meta = packed(tmp_path / "out", path)
     assert meta["skipped"] == {"line too long": [1, "a.jsonl: 4"]}
     assert sum(split["text"]["docs"] for split in meta["splits"].values()) == len(TEXTS)
@@ -265,9 +260,9 @@ def test_memory_does_not_grow_with_a_line(tmp_path):
         for _ in range(80):
             file.write(bytes(4 << 20))
         file.write(("\n" + json.dumps(TEXTS[0]) + "\n").encode())
-    turns = [{"from": "human", "value": "what? " * 300}, {"from": "gpt", "value": "this"}]
+    talk = json.dumps(llava(None, "what? " * 300, "this"))
     with open(tmp_path / "b.json", "w", encoding="utf-8") as file:
-        file.write("[" + ",\n".join([json.dumps({"conversations": turns})] * 50_000) + "]")
+        file.write("[" + ",\n".join([talk] * 50_000) + "]")
     (tmp_path / "small.jsonl").write_text(json.dumps(TEXTS[0]) + "\n", encoding="utf-8")
     code = ("import resource, sys, pathlib\nfrom tools.pack import read_source\n"
             "n = sum(1 for _ in read_source(pathlib.Path(sys.argv[1]), sys.argv[2]))\n"
@@ -315,14 +310,14 @@ def test_files_without_records_say_so(tmp_path):
 
 def test_two_processes_do_not_pack_into_one_folder(tmp_path):
     (tmp_path / "out").mkdir()
-    path = jsonl(tmp_path / "a.jsonl", *TEXTS)
+    path = write_rows(tmp_path / "a.jsonl", TEXTS)
     with train.only_process(tmp_path / "out", "packs"):
         assert "another process" in one_line(SystemExit, packed, tmp_path / "out", path)
     assert packed(tmp_path / "out", path)["splits"]
 
 
 def test_a_damaged_shard_is_named(tmp_path):
-    path = jsonl(tmp_path / "a.jsonl", *TEXTS)
+    path = write_rows(tmp_path / "a.jsonl", TEXTS)
     packed(tmp_path / "out", path)
     shard, = (tmp_path / "out").glob("*/*/shard.json")
     shard.write_text("{", encoding="utf-8")
@@ -344,7 +339,7 @@ def test_the_bound_is_of_a_sample(tmp_path, monkeypatch):
 
 def test_a_place_that_is_empty_in_both_lists_is_counted(tmp_path):
     record = {"texts": ["before", None, "after"], "images": [None, None, None]}
-    parts = parts_of(jsonl(tmp_path / "a.jsonl", record), "interleaved")
+    parts = parts_of(write_rows(tmp_path / "a.jsonl", [record]), "interleaved")
     assert [type(part) for part in parts] == [str, pack_file.Skip, str]
 
 
@@ -357,7 +352,7 @@ def test_a_link_is_not_followed_out_of_the_folder(tmp_path):
     for name, found in (("a.jpg", outside), ("b.jpg", b"fine"), ("../secret", outside),
                         (str(tmp_path / "secret"), outside), ("c.jpg", "missing image")):
         record = {"texts": ["t", None], "images": [None, name]}
-        parts = parts_of(jsonl(tmp_path / "in" / "a.jsonl", record), "interleaved")
+        parts = parts_of(write_rows(tmp_path / "in" / "a.jsonl", [record]), "interleaved")
         assert parts[1] == found, name
 
 
@@ -366,12 +361,13 @@ def test_a_link_is_not_followed_out_of_the_folder(tmp_path):
     ([("gpt", "this"), ("human", "what?")], "turns are not human")])
 def test_conversations_that_are_none_are_skipped(tmp_path, said, reason):
     turns = [{"from": who, "value": text} for who, text in said]
-    part, = parts_of(jsonl(tmp_path / "a.jsonl", {"conversations": turns}), "conversation")
+    part, = parts_of(write_rows(tmp_path / "a.jsonl", [{"conversations": turns}]), "conversation")
     assert isinstance(part, pack_file.Skip) and part.startswith(reason)
 
 
 def test_a_missing_field_is_named(tmp_path):
-    assert parts_of(jsonl(tmp_path / "a.jsonl", {"content": "x"}), "text") == ["no field 'text'"]
+    path = write_rows(tmp_path / "a.jsonl", [{"content": "x"}])
+    assert parts_of(path, "text") == ["no field 'text'"]
 
 
 @pytest.mark.parametrize("caption", ["x" * 1_000_000, "a\0b"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fit_laws as fl
-from helpers import one_line
+from helpers import one_line, write_rows
 from test_fit_laws import EARLY, SPARSE, planted
 from tools import figures, multiplier
 from tools import fit_tables as ft
@@ -157,9 +157,8 @@ def test_the_multiplier_of_a_planted_pair(tmp_path, capsys):
             for D in (1e6, 4e6, 1.6e7):
                 loss = 0.09 + 300 * (waste / N) ** 0.8 + 400 * (waste / D) ** 0.6
                 rows.append({"N": N, "D": D, "loss": loss, "floor": 0.09, "fusion": fusion})
-    path = tmp_path / "results.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    multiplier.main([str(path), "--compare", "early", "late", "--bootstrap", "20"])
+    path = write_rows(tmp_path / "results.jsonl", rows)
+    multiplier.main([path, "--compare", "early", "late", "--bootstrap", "20"])
     said = capsys.readouterr().out
     found = [float(line.split(": ")[1].split()[0])
              for line in said.splitlines() if "FLOPs:" in line]

@@ -160,11 +160,11 @@ def test_what_is_known_to_fit_fits():
 BATCHES = [["tIttt", "tttt"], ["tItIttt"]], [["tItt", "tttIt"], ["tIt"]], [["ttt"], ["tIttt"]]
 
 
-def graphs(monkeypatch, model, run):
+def graphs(monkeypatch, model, run, backend="aot_eager"):
     """Graphs that a run of the compiled model's blocks makes, with the grouped kernel of a GPU."""
     torch.compiler.reset()
     monkeypatch.setattr(moe_module, "grouped_mm_is_fast", lambda *args: True)
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     for module in model.modules():
         if isinstance(module, model_file.Block):
             module.compile(backend=counter, fullgraph=True)
@@ -225,13 +225,12 @@ def test_ddp_does_not_cut_compiled_blocks(monkeypatch, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_block_masks_of_other_batches_compile_nothing_anew():
-    torch.compiler.reset()
-    model, counter = build(context=128), CompileCounterWithBackend("eager")
+def test_block_masks_of_other_batches_compile_nothing_anew(monkeypatch):
+    model = build(context=128)
     model.flex = True
-    for block in model.blocks:
-        block.compile(backend=counter, fullgraph=True)
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def run():
         for rows in BATCHES:
             model(make_batch(model.cfg, rows))
-    assert counter.frame_count == 1
+    assert graphs(monkeypatch, model, run, "eager") == 1

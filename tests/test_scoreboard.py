@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fit_laws
-from helpers import one_line
+from helpers import one_line, write_rows
 from tools import game, scoreboard, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,9 +25,7 @@ def pairs(early, late=(1.0, 1.1, 1.2), width=16, **more):
 
 def verdicts(capsys, tmp_path, rows):
     """{the paper's claim: cells of its line}; of one that was not measured there are no cells."""
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    scoreboard.main([str(path)])
+    scoreboard.main([write_rows(tmp_path / "rows.jsonl", rows)])
     lines = [line.strip("| \n").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     found = {cells[1]: cells for cells in lines if len(cells) == 5}
     missing = next(cells[0] for cells in lines if cells[0].startswith("Not measured"))
@@ -91,9 +89,8 @@ def test_two_runs_of_one_setting_are_refused(capsys, tmp_path):
 def test_the_folder_of_a_sweep_is_its_study(capsys, tmp_path):
     (tmp_path / "pairs").mkdir()
     rows = [{k: v for k, v in row.items() if k != "study"} for row in pairs((0.9, 1.0, 1.07))]
-    path = tmp_path / "pairs" / "results.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    scoreboard.main([str(path.parent)])
+    write_rows(tmp_path / "pairs" / "results.jsonl", rows)
+    scoreboard.main([str(tmp_path / "pairs")])
     assert "**replicates**" in capsys.readouterr().out
 
 
@@ -113,8 +110,7 @@ def largest(rows):
 def test_the_game_scores_guesses_beside_a_law_that_has_not_seen_the_answers(capsys, tmp_path):
     """Its law is that of --holdout 1, and its hidden runs are those of the largest width."""
     rows = [row for row in study_rows() if row["seed"] == 0]  # of several, the game takes the mean
-    study = str(tmp_path / "study.jsonl")
-    Path(study).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    study = write_rows(tmp_path / "study.jsonl", rows)
     truth = sorted((row["D"], row["loss"]) for row in rows
                    if row["fusion"] == "late" and row["N"] == largest(rows))
     guesses = ",".join(str(1.1 * loss) for _, loss in truth)

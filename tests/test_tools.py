@@ -12,8 +12,8 @@ import pytest
 
 import train
 from data import encode, expand, get_tokenizer
-from helpers import one_line
-from test_pack import picture
+from helpers import one_line, write_rows
+from test_pack import llava, picture
 from tools import board, curves, plan, score, sizes, sweep, table
 from world import QUESTIONS
 
@@ -49,7 +49,7 @@ ROWS = [row("none", 0, 1.0), row("none", 1, 1.2), row("none", 2, 1.4),
 
 def cells(capsys, tmp_path, rows, *flags):
     """The printed table: a dict a line; and all that was printed."""
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    write_rows(tmp_path / "results.jsonl", rows)
     table.main([str(tmp_path), *flags])
     text = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.strip("|").split("|")]
@@ -226,24 +226,20 @@ def text_of(prompt):
     return ENCODING.decode([i for i in ids if i != ENCODING.eot_token])
 
 
-def llava(folder, records):
+def vqa(folder, records):
     (folder / "images").mkdir()
     (folder / "images" / "red.png").write_bytes(picture())
     (folder / "vqa.json").write_text(json.dumps(records), "utf-8")
     return folder / "vqa.json"
 
 
-def turns(*texts):
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-
-
-RECORDS = [{"id": "a", "image": "red.png", "answers": ["red", "red", "dark red"],
-            "conversations": turns("<image>\nwhat colour?", "red")},
-           {"id": "b", "conversations": turns("one?", "two", "three?", "four")}]
+RECORDS = [llava("red.png", "<image>\nwhat colour?", "red") | {
+               "answers": ["red", "red", "dark red"]},
+           llava(None, "one?", "two", "three?", "four")]
 
 
 def test_conversations_become_questions_with_their_history(tmp_path):
-    documents = score.conversations(llava(tmp_path, RECORDS), Shapes, ENCODING)
+    documents = score.conversations(vqa(tmp_path, RECORDS), Shapes, ENCODING)
     first, second, third = score.exchanges(documents, Shapes, ENCODING)
     assert first[1][1].shape == (4, 48) and text_of(first[1]) == "\nquestion: what colour?\nanswer:"
     assert first[2] == ["red", "red", "dark red"]
@@ -261,7 +257,7 @@ def test_a_caption_is_the_answer_to_its_picture():
 
 
 def test_score_names_what_it_cannot_find(sft_run, tmp_path):
-    path = llava(tmp_path, [{**RECORDS[0], "image": "blue.png"}])
+    path = vqa(tmp_path, [{**RECORDS[0], "image": "blue.png"}])
     broken = tmp_path / "broken.json"
     broken.write_text("{", "utf-8")
     for flags, named in ((["no/run"], "no/run"), ([sft_run, "--data", "no.json"], "no.json"),
@@ -277,7 +273,7 @@ def test_scores_of_a_model_that_knows_the_answers(sft_run, tmp_path, monkeypatch
     monkeypatch.setattr(score, "generate",
                         lambda *_, **__: ENCODING.encode_ordinary(f" {next(truths)}"))
     out = tmp_path / "scores.jsonl"
-    score.main([str(sft_run), "--data", str(llava(tmp_path, RECORDS)), "--json", str(out)])
+    score.main([str(sft_run), "--data", str(vqa(tmp_path, RECORDS)), "--json", str(out)])
     result = json.loads(out.read_text("utf-8"))
     assert result["accuracy"] == pytest.approx((2 / 9 + 1 + 0) / 3) and result["n_scored"] == 3
     assert result["run"] == sft_run.name and result["width"] == 16  # the run's own row is in it
@@ -285,8 +281,8 @@ def test_scores_of_a_model_that_knows_the_answers(sft_run, tmp_path, monkeypatch
 
 
 def test_a_prompt_that_fills_the_context_is_a_wrong_answer(sft_run, tmp_path, capsys):
-    records = [{"id": "long", "conversations": turns("why? " * 100, "because")}]
-    score.main([str(sft_run), "--data", str(llava(tmp_path, records))])
+    records = [llava(None, "why? " * 100, "because")]
+    score.main([str(sft_run), "--data", str(vqa(tmp_path, records))])
     assert "accuracy 0, cider_d 0, n_scored 1" in capsys.readouterr().out
 
 
