@@ -58,6 +58,14 @@ def test_other_data_in_the_folder_of_a_checkpoint_are_refused(tmp_path):
     assert "packed anew" in again(tmp_path / "out", *flags)
 
 
+def test_a_checkpoint_of_another_config_is_refused(tmp_path):
+    path = start(tmp_path) / "ckpt.pt"
+    state = torch.load(path, weights_only=True)
+    state["config"]["model"]["width"] = 24
+    torch.save(state, path)
+    assert "another width" in again(tmp_path)
+
+
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path):
     path = start(tmp_path) / "ckpt.pt"
     weight = torch.load(path, weights_only=True)["model"]["head.weight"]

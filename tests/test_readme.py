@@ -103,19 +103,19 @@ def make_sources(home):
 
 
 def prepare(command, home):
-    """What an earlier command of the README would have left behind, had it not been shrunk."""
-    if "fit_laws.py runs/demo" in command:
-        shutil.rmtree(home / "runs" / "demo", ignore_errors=True)
-        (home / "runs" / "demo").mkdir(parents=True)
-        shutil.copy(ROOT / "results" / "laptop_study.jsonl", home / "runs/demo/results.jsonl")
-    study = re.search(r"fit_laws\.py runs/(mixture_laws)", command)
-    if study:  # a law needs more runs than the tiny sweep has
-        shutil.copy(ROOT / "results" / "laptop_study.jsonl",
-                    home / "runs" / study[1] / "results.jsonl")
-    run = re.search(r"tools\.sample (runs/\S+)", command)
-    if run and not (home / run[1]).exists():
-        done = next(home.glob("runs/*/*/ckpt.pt")).parent
-        shutil.copytree(done, home / run[1])
+    """What an earlier command would have left behind, had it not been shrunk: enough runs for a
+    law, and a run to start from or to read, which is any finished one of the same kind."""
+    for study in re.findall(r"fit_laws\.py runs/(\w+)", command):
+        (home / "runs" / study).mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "results" / "laptop_study.jsonl", home / "runs" / study / "results.jsonl")
+    for path in re.findall(r"runs/[\w.-]+/[\w.{}-]+", command.replace("{seed}", "0")):
+        kind = next((k for k in ("late", "early-learned") if k in path), "early-w")
+        donor = next(p.parent for p in home.glob(f"runs/*/{kind}*/ckpt.pt")
+                     if "0-0-0-100" not in p.parent.name)
+        if not (home / path).exists() and not path.endswith(".jsonl"):
+            shutil.copytree(donor, home / path)
+    if "dclm_1b.pt" in command:  # with the sizes of SMALL
+        torch.save(open_lm_state(16, 1, 2, 48, 264), home / "dclm_1b.pt")
 
 
 def test_the_commands_run_in_their_order(workplace, monkeypatch):
@@ -145,18 +145,6 @@ def small_experiment(command, home):
     return words + ["--quick"] * ("tools.bench" in words) + ["-n", "2"] * ("tools.score" in words)
 
 
-def lend_runs(command, home):
-    """The runs that a command starts from or reads: any finished one of the same kind."""
-    for path in re.findall(r"runs/[\w.-]+/[\w.{}-]+", command.replace("{seed}", "0")):
-        kind = next((k for k in ("late", "early-learned") if k in path), "early-w")
-        donor = next(p.parent for p in home.glob(f"runs/*/{kind}*/ckpt.pt")
-                     if "0-0-0-100" not in p.parent.name)
-        if not (home / path).exists() and not path.endswith(".jsonl"):
-            shutil.copytree(donor, home / path)
-    if "dclm_1b.pt" in command:  # with the sizes of SMALL
-        torch.save(open_lm_state(16, 1, 2, 48, 264), home / "dclm_1b.pt")
-
-
 def run_here(command, words):
     """A command of ours without a process of its own, because most of its time is the start."""
     print(command)  # pytest shows it if it fails
@@ -177,7 +165,6 @@ def test_the_experiments_run_in_their_order(workplace, monkeypatch):
         todo = [next(c for c in commands() if "tools.pack" in c), *todo]
     for command in todo:
         prepare(command, workplace)
-        lend_runs(command, workplace)
         run_here(command, small_experiment(command, workplace))
     assert len(todo) >= 30
 

@@ -391,14 +391,3 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(SystemExit, match="--out .*file"):
         trained(tmp_path / "file", "--tokens", "2K")
     assert (tmp_path / "file").read_text("utf-8") == "x"
-
-
-def test_a_checkpoint_of_another_config_is_refused(tmp_path):
-    trained(tmp_path, "--tokens", "5K")
-    folder = one(tmp_path)
-    state = torch.load(folder / "ckpt.pt", weights_only=True)
-    state["config"]["model"]["width"] = 24
-    torch.save(state, folder / "ckpt.pt")
-    (tmp_path / "results.jsonl").unlink()
-    with pytest.raises(SystemExit, match="another width"):
-        trained(tmp_path, "--tokens", "5K")

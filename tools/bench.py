@@ -46,7 +46,7 @@ import data
 import model as model_file
 import train
 from model import Model, Output, ffn_hidden, generate, on_meta, prompt_batch, training_memory
-from tools import need, usable_cores
+from tools import markdown, need, usable_cores
 from tools.pack import pack
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -664,11 +664,10 @@ def show(rows):
     def number(x):
         return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
-    print("| what | measured | from .. to | mark | | note |\n" + 6 * "| --- " + "|")
-    for row in rows:
-        numbers = "| |" if row.value is None else \
-            f"| {number(row.value)} | {number(row.low)} to {number(row.high)} |"
-        print(f"| {row.what} {numbers} {row.mark} | {row.verdict} | {row.note} |")
+    print(markdown(["what", "measured", "from .. to", "mark", "", "note"], [
+        [row.what, *(["", ""] if row.value is None else
+                     [number(row.value), f"{number(row.low)} to {number(row.high)}"]),
+         row.mark, row.verdict, row.note] for row in rows]))
 
 
 def hardware(machine):
