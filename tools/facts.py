@@ -63,7 +63,6 @@ def main(argv=None):
         model, data = load_model(run)
         check(data["data"] == "procedural", f"{run}: trained on {data['data']}, whose facts nobody "
               "has counted; name a run of the procedural world")
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
         means, total = in_bands(known(model, world))
         n = model.num_params()
         rows.append([Path(run).name, human(total), f"{total / n['N']:.4f}",
