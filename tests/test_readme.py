@@ -106,8 +106,9 @@ def prepare(command, home):
     """What an earlier command would have left behind, had it not been shrunk: enough runs for a
     law, and a run to start from or to read, which is any finished one of the same kind."""
     for study in re.findall(r"fit_laws\.py runs/(\w+)", command):
-        (home / "runs" / study).mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / "results" / "laptop_study.jsonl", home / "runs" / study / "results.jsonl")
+        folder = home / "runs" / study
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "results" / "laptop_study.jsonl", folder / "results.jsonl")
     for path in re.findall(r"runs/[\w.-]+/[\w.{}-]+", command.replace("{seed}", "0")):
         kind = next((k for k in ("late", "early-learned") if k in path), "early-w")
         donor = next(p.parent for p in home.glob(f"runs/*/{kind}*/ckpt.pt")
