@@ -109,7 +109,8 @@ def prepare(command, home):
         folder = home / "runs" / study
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "results" / "laptop_study.jsonl", folder / "results.jsonl")
-    for path in re.findall(r"runs/[\w.-]+/[\w.{}-]+", command.replace("{seed}", "0")):
+    named = r"runs/[\w.-]+/[\w.{}-]+(?![\w.{}*-])"  # a glob names no single run
+    for path in re.findall(named, command.replace("{seed}", "0")):
         kind = next((k for k in ("late", "early-learned") if k in path), "early-w")
         donor = next(p.parent for p in home.glob(f"runs/*/{kind}*/ckpt.pt")
                      if "0-0-0-100" not in p.parent.name)
