@@ -843,7 +843,7 @@ def notes(run, memory, loader):
             abs(run.steps * cfg.tokens_per_step / asked - 1) > 0.05,
         f"--preset {cfg.preset} is a size of {fusion} fusion, this model is {model.fusion}":
             fusion != model.fusion,
-        f"--preset {cfg.preset} is a size for CUDA, which is not here; --dry-run says what it takes":
+        f"--preset {cfg.preset} is a size for CUDA, which is not here; --dry-run plans it":
             cfg.preset != "laptop" and not memory,
         f"the images were packed at {stored} pixels, and are enlarged to {model.image_size}":
             stored < model.image_size,
