@@ -227,8 +227,7 @@ def test_learning_rates_between_and_beyond_the_papers_widths():
     assert lr("--width", "400") == pytest.approx(1.5e-3)
     assert 5e-4 < lr("--width", "1344") < 1.5e-3  # half way from 1088 to 1632
     assert lr("--width", "1360", "--lr", "1e-4") == 1e-4
-    assert run_of("--width", "64").train.lr == 2 * run_of("--width", "64", "--fusion",
-                                                           "late").train.lr == 0.003
+    assert run_of("--width", "64").train.lr == 0.0015
 
 
 def test_decay_is_fully_decoupled():
