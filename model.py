@@ -96,11 +96,10 @@ def ffn_hidden(width, multiple=0):
 
 
 # The paper's Table 6 (8.13b is from arXiv 2507.09404): an early size and the late one of about the
-# same FLOPs in a line. `lr` and `vision_lr` (4.4) are for train.py. MoE has the early sizes' rates.
+# same FLOPs in a line. `lr` is for train.py. MoE uses the early sizes and learning rates.
 PRESETS = {
     name: dict(fusion="late" if vision_width else "early", width=width, vision_width=vision_width,
-               lr=lr, vision_lr=0.01, vocab_size=50432, depth=24, context=1024, image_size=224,
-               patch_size=14)
+               lr=lr, depth=24, context=1024, image_size=224, patch_size=14, vocab_size=50432)
     for name, width, vision_width, lr in (
         ("275m", 800, 0, 1.5e-3), ("289m", 768, 384, 1.5e-3),
         ("464m", 1088, 0, 1.5e-3), ("494m", 1024, 512, 1.5e-3),

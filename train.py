@@ -54,7 +54,7 @@ from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_che
 HOW = ("out", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device", "compile",
        "attention", "experts_by", "shard", "workers", "checkpointing")
 SIZES = {**PRESETS, "laptop": dict(width=48, depth=4, context=128, image_size=32, patch_size=8,
-                                   tokens_per_step=512)}
+                                   tokens_per_step=512, vision_lr=1.0)}
 # Published dense bf16 FLOP/s and memory in bytes, to tell MFU and to plan.
 CARDS = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
 source_of = functools.cache(inspect.getsource)  # 50 ms that each job of a sweep would pay
@@ -72,7 +72,7 @@ class TrainConfig:
     tokens_per_step: int = 2048 * 1024  # over all ranks, laptop 512; accumulation is derived
     micro_rows: int = 0  # rows at once on a device; 0 = what memory should allow
     lr: float = 0.0  # peak learning rate; 0 = by width: the paper's Table 6; laptop .096 / W
-    vision_lr: float = 1.0  # late fusion: the encoder's share of it; presets .01 (4.4); 0 = frozen
+    vision_lr: float = 0.01  # late fusion: the encoder's share of it (4.4), laptop 1; 0 = frozen
     warmup: int = 0  # steps; 0 = the paper's 1000 to 5000 by the shortest budget, laptop 64
     cooldown: float = 0.2  # final share of the steps, in which the rate falls to 0
     weight_decay: float = 1e-4  # per step at the peak rate (fully decoupled; paper, App. A)
