@@ -21,6 +21,12 @@ from tools.pack import file_of_url
 from train import Parser
 
 
+def parquet_files(folder, remedy):
+    files = sorted(folder.glob("*.parquet"))
+    check(files, f"{folder} has no .parquet file: {remedy}")
+    return files
+
+
 def batches(files, columns):
     """Yields (file, {column: values}) of some thousand rows at a time."""
     parquet = need("pyarrow.parquet", "pyarrow")
@@ -31,8 +37,7 @@ def batches(files, columns):
 
 def list_urls(folder, out):
     """Writes the URLs in a folder's parquet files to a file, one a line; returns their number."""
-    files, n = sorted(folder.glob("*.parquet")), 0
-    check(files, f"{folder} has no .parquet file: name the folder of OBELICS' data")
+    files, n = parquet_files(folder, "name the folder of OBELICS' data"), 0
     with open(out, "w", encoding="utf-8") as file:
         for _, rows in batches(files, ["images"]):
             urls = dict.fromkeys(url for images in rows["images"] for url in images if url)
@@ -45,8 +50,7 @@ def take_images(folder, fetched):
     """Moves what img2dataset wrote as files (beside each folder of images lies a parquet file that
     says which URL each is of) to folder/images; returns how many images are there now, of how many
     that were asked for."""
-    files, n, here = sorted(fetched.glob("*.parquet")), 0, 0
-    check(files, f"{fetched} has no .parquet file: name the --output_folder of img2dataset")
+    files, n, here = parquet_files(fetched, "name the --output_folder of img2dataset"), 0, 0
     for path, rows in batches(files, ["url", "key"]):
         for url, key in zip(rows["url"], rows["key"]):
             image = path.with_suffix("") / f"{key}.jpg"

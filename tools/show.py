@@ -65,8 +65,9 @@ def draw_rows(batch, decode, out_path, patch_size, image_size, kinds):
     y = 1.5
     for b, targets in enumerate(batch["targets"]):
         patches, padding = (batch["patch_index"][b] >= 0).sum(), (batch["doc"][b] == 0).sum()
-        axes.text(0, y + 1, f"row {b}, {kinds[b]}: {len(targets)} positions, {patches} of them image patches, "
-                  f"{padding} padding; {(targets >= 0).sum()} targets", STYLE, weight="bold")
+        axes.text(0, y + 1, f"row {b}, {kinds[b]}: {len(targets)} positions, {patches} of them "
+                  f"image patches, {padding} padding; {(targets >= 0).sum()} targets", STYLE,
+                  weight="bold")
         y += 2
         for number, found in itertools.groupby(row_segments(batch, b), key=lambda s: s[0]):
             top, colour, segments = y, f"C{(number - 1) % 10}", list(found)

@@ -210,12 +210,12 @@ def main(argv=None):
     train.make_folder(runs[0].train.out)
     free = places(runs[0].train.device, args.jobs, args.ranks)
     done = train.finished(runs[0].train.out)
-    ended = sum(train.result_of(run, done) is not None for run in runs)
-    print(f"{len(runs)} runs, {ended} of them finished before, "
+    ended = {run.name for run in runs if train.result_of(run, done)}
+    print(f"{len(runs)} runs, {len(ended)} of them finished before, "
           f"{min(len(free), len(jobs))} at a time", flush=True)
     bar = tqdm(total=sum(map(cost, runs)), unit="FLOP", unit_scale=True,
                disable=not sys.stderr.isatty())
-    todo = [job for job in jobs if not all(train.result_of(run, done) for run in job[1])]
+    todo = [job for job in jobs if any(run.name not in ended for run in job[1])]
     with train.StopSignal() as stop, bar:
         failures = train_all(todo, free, args.ranks, bar, stop) if todo else []
     for line in failures:
