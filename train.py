@@ -331,9 +331,8 @@ class Machine:
     @property
     def dtype(self):
         """Of activations. bf16 is emulated, and 7 times slower than fp32, on most CPUs."""
-        if self.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
-        return torch.float32
+        fast = self.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
 
     @property
     def peak(self):
@@ -467,7 +466,6 @@ class Trainer:
         if not run.train.shard:  # which moves one block after the other
             self.model.to(machine.device)
         self.model.dtype = machine.dtype
-        self.flops = self.model.flops(1), self.model.flops(0, 1)  # of a token, more of a patch
         # auto: on a CPU, compiling gains 4 % of a step for 45 s of start-up (results/speed.md)
         self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
         if self.compiled:
@@ -506,8 +504,7 @@ class Trainer:
         for note in notes(run, self.machine.memory, self.loader):
             self.machine.say(f"note: {note}")
         if self.machine.rank == 0:
-            text = json.dumps(self.config, indent=1)
-            (run.folder / "config.json").write_text(text, encoding="utf-8")
+            (run.folder / "config.json").write_text(json.dumps(self.config, indent=1), "utf-8")
 
     def measure(self, totals, norm):
         """The step that has just ended as a line of log.jsonl (dict); None if the loss or the
@@ -548,8 +545,7 @@ class Trainer:
         found = {"wall_s": round(stats["spent"], 3), "tok_per_s": round(rate, 1),
                  "padding": round(stats["padding"] / max(seen, 1), 4)}
         if self.machine.peak:
-            token, patch = self.flops
-            flops = (token + patch * stats["D_vision"] / seen) * rate
+            flops = self.model.flops(seen, stats["D_vision"]) / seen * rate
             found["mfu"] = round(flops / self.machine.ranks / self.machine.peak, 4)
         return found
 
@@ -983,13 +979,14 @@ def main(argv):
     """Trains what is not finished, the shortest run first, because longer ones need its trunk."""
     if "--dry-run" in argv:  # a tool answers, because it trains nothing
         words = [word for word in argv if word != "--dry-run"]
-        tool = [sys.executable, str(Path(__file__).with_name("tools") / "plan.py"), *words]
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
-        home = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        sys.exit(subprocess.run(tool, env=home).returncode)
+        here = Path(__file__).parent
+        paths = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", str(here))])
+        tool = [sys.executable, str(here / "tools" / "plan.py"), *words]
+        sys.exit(subprocess.run(tool, env={**os.environ, "PYTHONPATH": paths}).returncode)
     runs = parse_runs(argv)
     machine = Machine.start(runs[0].train.device)
     done = finished(runs[0].train.out, tell=machine.rank == 0)
+    status = 0
     for run in runs:
         row = machine.share(result_of(run, done))  # or ranks could disagree
         if row:
@@ -998,17 +995,21 @@ def main(argv):
         try:
             alone = machine.rank > 0  # only rank 0 needs to see the folder
             with contextlib.nullcontext() if alone else only_process(run.folder, "trains"):
-                went_on = train_one(run, machine)
+                status = 0 if train_one(run, machine) else 130
         except torch.OutOfMemoryError:
             raise SystemExit(f"{run.name}: out of memory; try --checkpointing, or a smaller "
                              "--micro-rows, which accumulates more") from None
         except OSError as error:
             raise SystemExit(f"{error.filename or run.folder}: {error.strerror or error}; make "
                              "room or mend it, and the same command goes on") from None
-        if not went_on:
-            sys.exit(130)
+        if status:
+            break
     if machine.ranks > 1:
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)  # a Python that ends would abort where a thread of gloo holds a tensor
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

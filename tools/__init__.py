@@ -2,6 +2,7 @@
 
 Training and fitting work without this folder."""
 import os
+import re
 import signal
 import warnings
 
@@ -18,6 +19,12 @@ def end_with_the_pipe():
     """`| head` ends a command that prints, without a traceback."""
     if hasattr(signal, "SIGPIPE"):  # Windows has none
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def without_launcher(text):
+    """What ranks printed, without torchrun's report of how they ended."""
+    return re.split(r"^[WE]\d{4} .*torch/distributed/elastic", text, maxsplit=1,
+                    flags=re.MULTILINE)[0]
 
 
 def usable_cores():

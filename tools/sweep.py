@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import train
 from data import check
-from tools import plan, usable_cores
+from tools import plan, usable_cores, without_launcher
 
 
 def parse_grid(words):
@@ -108,11 +108,10 @@ def failure(child):
     if not child.log.exists():
         return f"{child.log} was deleted"
     text = child.log.read_bytes()[child.begin:].decode("utf-8", "replace")
-    text, *launcher = re.split(r"^[WE]\d{4} .*torch/distributed/elastic", text, maxsplit=1,
-                               flags=re.MULTILINE)
-    if killed := re.search(r"\((SIGKILL)\)", "".join(launcher)):  # one of several ranks
+    if killed := re.search(r"\((SIGKILL)\)", text):  # one of several ranks
         return killed_by(killed[1], child)
-    lines = [line for line in text.splitlines() if line and not line.startswith("terminate called")]
+    lines = [line for line in without_launcher(text).splitlines()
+             if line and not line.startswith("terminate called")]
     ours = [line for line in lines if not line.startswith("[rank")]  # a rank that missed another
     return f"{''.join((ours or lines)[-1:])} (see {child.log})"
 
