@@ -125,7 +125,7 @@ def check_ranks(folder, rows, run, machine, ranks=1, flags=()):
              "--compile", "off", "--device", machine.device.type, *flags],
             capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(without_launcher(done.stderr))
+            raise RuntimeError(without_launcher(done.stderr).strip() or done.stderr)
         return list(train.finished(out).values())[-1]["loss"]
     if not (folder / "alone").exists():
         loss("alone", 1, "80K")
