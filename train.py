@@ -71,7 +71,7 @@ class TrainConfig:
     tokens: str = "3M"  # D, training tokens, as 500K or 2B; several, as 1M,2M, share a trunk
     tokens_per_step: int = 2048 * 1024  # over all ranks, laptop 512; accumulation is derived
     micro_rows: int = 0  # rows at once on a device; 0 = what memory should allow
-    lr: float = 0.0  # peak learning rate; 0 = by width: the paper's Table 6; laptop .096 / W
+    lr: float = 0.0  # peak learning rate; 0 = by width: Table 6; laptop .768 / W^1.5, late .096 / W
     vision_lr: float = 0.01  # late fusion: the encoder's share of it (4.4), laptop 1; 0 = frozen
     warmup: int = 0  # steps; 0 = the paper's 1000 to 5000 by the shortest budget, laptop 64
     cooldown: float = 0.2  # final share of the steps, in which the rate falls to 0
@@ -212,7 +212,7 @@ def default_lr(model, preset):
     With a preset it is Table 6's; at a width between two of its sizes it lies on the straight line
     between them in logarithms, and beyond them it is the nearest's: ours."""
     if preset == "laptop":
-        return 0.096 / model.width
+        return 0.096 / model.width if model.fusion == "late" else 0.768 / model.width ** 1.5
     rates = sorted((size["width"], size["lr"]) for size in PRESETS.values()
                    if size["fusion"] == model.fusion)
     if model.width in dict(rates):
