@@ -466,6 +466,7 @@ class Trainer:
         if not run.train.shard:  # which moves one block after the other
             self.model.to(machine.device)
         self.model.dtype = machine.dtype
+        self.flops = self.model.flops(1), self.model.flops(0, 1)  # of a token, more of a patch
         # auto: on a CPU, compiling gains 4 % of a step for 45 s of start-up (results/speed.md)
         self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
         if self.compiled:
@@ -545,7 +546,7 @@ class Trainer:
         found = {"wall_s": round(stats["spent"], 3), "tok_per_s": round(rate, 1),
                  "padding": round(stats["padding"] / max(seen, 1), 4)}
         if self.machine.peak:
-            flops = self.model.flops(seen, stats["D_vision"]) / seen * rate
+            flops = (self.flops[0] + self.flops[1] * stats["D_vision"] / seen) * rate
             found["mfu"] = round(flops / self.machine.ranks / self.machine.peak, 4)
         return found
 
@@ -976,13 +977,13 @@ def train_one(run, machine):
 
 
 def main(argv):
-    """Trains what is not finished, the shortest run first, because longer ones need its trunk."""
+    """Trains what is not finished, first the shortest for its trunk. Returns the exit status."""
     if "--dry-run" in argv:  # a tool answers, because it trains nothing
         words = [word for word in argv if word != "--dry-run"]
-        here = Path(__file__).parent
-        paths = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", str(here))])
-        tool = [sys.executable, str(here / "tools" / "plan.py"), *words]
-        sys.exit(subprocess.run(tool, env={**os.environ, "PYTHONPATH": paths}).returncode)
+        tool = [sys.executable, str(Path(__file__).with_name("tools") / "plan.py"), *words]
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+        home = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        sys.exit(subprocess.run(tool, env=home).returncode)
     runs = parse_runs(argv)
     machine = Machine.start(runs[0].train.device)
     done = finished(runs[0].train.out, tell=machine.rank == 0)
@@ -1008,12 +1009,11 @@ def main(argv):
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(status)  # a Python that ends would abort where a thread of gloo holds a tensor
-    if status:
-        sys.exit(status)
+    return status
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from the last checkpoint") from None

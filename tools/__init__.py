@@ -21,10 +21,11 @@ def end_with_the_pipe():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
-def without_launcher(text):
-    """What ranks printed, without torchrun's report of how they ended."""
-    return re.split(r"^[WE]\d{4} .*torch/distributed/elastic", text, maxsplit=1,
-                    flags=re.MULTILINE)[0]
+def split_launcher(text):
+    """What ranks printed, and torchrun's report of how they ended, which can be empty."""
+    own, *report = re.split(r"^[WE]\d{4} .*torch/distributed/elastic", text, maxsplit=1,
+                            flags=re.MULTILINE)
+    return own, "".join(report)
 
 
 def usable_cores():

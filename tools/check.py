@@ -26,7 +26,7 @@ import torch
 import train
 from model import Attention, Model, attention_mask, block_mask, rope_table, training_memory
 from moe import grouped_experts, grouped_mm_is_fast, looped_experts
-from tools import without_launcher
+from tools import split_launcher
 from tools.bench import Bench, random_batch, step
 
 LIMIT = 0.02  # of the norm. Rounding to bf16 makes 0.005 to 0.01, a wrong mask more than 0.5.
@@ -125,7 +125,8 @@ def check_ranks(folder, rows, run, machine, ranks=1, flags=()):
              "--compile", "off", "--device", machine.device.type, *flags],
             capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(without_launcher(done.stderr).strip() or done.stderr)
+            own, report = split_launcher(done.stderr)
+            raise RuntimeError(own.strip() or report)
         return list(train.finished(out).values())[-1]["loss"]
     if not (folder / "alone").exists():
         loss("alone", 1, "80K")

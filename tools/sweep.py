@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import train
 from data import check
-from tools import plan, usable_cores, without_launcher
+from tools import plan, split_launcher, usable_cores
 
 
 def parse_grid(words):
@@ -95,7 +95,7 @@ def be_child(argv):
     """train.py in a process that ends with its parent, however that dies: its standard input is
     closed then, and the read returns."""
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-    train.main(argv)
+    sys.exit(train.main(argv))
 
 
 def failure(child):
@@ -108,10 +108,10 @@ def failure(child):
     if not child.log.exists():
         return f"{child.log} was deleted"
     text = child.log.read_bytes()[child.begin:].decode("utf-8", "replace")
-    if killed := re.search(r"\((SIGKILL)\)", text):  # one of several ranks
+    text, report = split_launcher(text)
+    if killed := re.search(r"\((SIGKILL)\)", report):  # one of several ranks
         return killed_by(killed[1], child)
-    lines = [line for line in without_launcher(text).splitlines()
-             if line and not line.startswith("terminate called")]
+    lines = [line for line in text.splitlines() if line and not line.startswith("terminate called")]
     ours = [line for line in lines if not line.startswith("[rank")]  # a rank that missed another
     return f"{''.join((ours or lines)[-1:])} (see {child.log})"
 
