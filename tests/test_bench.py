@@ -1,5 +1,7 @@
 """The benchmark counts what is executed, compares with an equal, and runs. Nothing is timed."""
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import Shards
 from helpers import make_batch, tiny
 from model import Model
-from tools.bench import (SIZES, Stock, config_of, main, make_batches, repeated, step,
-                         step_flops, trainee)
+from tools import bench_fit
+from tools.bench import (GPU_STEP, MARKS, SIZES, Bench, Stock, config_of, main, make_batches,
+                         repeated, step, step_flops, trainee)
+from tools.bench_parts import parts
 from train import Machine
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.mark.parametrize("changes, bookkeeping", [
@@ -51,6 +57,29 @@ def test_batches_for_the_papers_sizes_are_full_and_half_images():
     batch = make_batches(trainee(Machine.start("cpu"), given), 1)[0]
     assert batch["tokens"].shape == (2, 1024) and (batch["doc"] > 0).all()
     assert (batch["patch_index"] >= 0).float().mean() == 0.5
+
+
+SLOW = {"compiled", "parallel"}  # a minute each
+FUNCTIONS = {name: function for name, (_, function) in MARKS.items() if name not in SLOW}
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS.values(), parts], ids=[*FUNCTIONS, "parts"])
+def test_every_mark_runs_those_of_a_gpu_too(function, tmp_path, monkeypatch):
+    small = {"width": 32, "depth": 1, "heads": 2}
+    sizes = {"context": 256, "image_size": 56, "tokens_per_step": 1024, "micro_rows": 2, **small}
+    for shape in (*SIZES.values(), GPU_STEP):
+        for field, value in (sizes if shape is GPU_STEP else small).items():
+            monkeypatch.setitem(shape, field, value)
+    rows = list(function(Bench(Machine.start("cpu"), True, tmp_path)))
+    assert rows and all(row.low <= row.value <= row.high for row in rows)
+
+
+def test_the_fit_is_measured_beside_the_usual_call(monkeypatch, capsys):
+    few = partial(bench_fit.measure, starts=1, resamples=1)
+    monkeypatch.setattr(bench_fit, "measure", few)
+    bench_fit.main([str(SHARED / "fits")])
+    usual = capsys.readouterr().out.splitlines()[3].split("|")[3]  # of F above the least known
+    assert float(usual.split()[0]) > 1e-6
 
 
 def test_a_quick_run_writes_its_rows(tmp_path):
