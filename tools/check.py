@@ -210,7 +210,7 @@ def main(argv=None):
                  if not fine(name, work, run, machine)]
     launch = f"torchrun --standalone --nproc_per_node {ranks}" if cuda and ranks > 1 else "python"
     for flag, example in (("--data", "data/real"), ("--tokens", "5B")):  # of a preset
-        if cuda and flag not in [word.partition("=")[0] for word in words]:
+        if run.train.preset != "laptop" and flag not in [word.partition("=")[0] for word in words]:
             words += [flag, example]
     print(f"train with: {launch} train.py {' '.join([*words, *filter(None, avoid)])}")
     if avoid:
