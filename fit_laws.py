@@ -489,13 +489,13 @@ def span(ends, form=".3f"):
 
 def print_table(records):
     """The paper's Table 2, an interval under each number, "?" at what is not identified."""
-    line = "{:26}{:<6}" + 8 * "{:17}"
-    print("\n" + line.format("group", "runs", *EXPONENTS, "mean error %"))
+    line = "  " + 7 * "{:17}"
+    print("\n" + line.format(*EXPONENTS))
     for g in records:
-        texts = [f"{g[k]:.4f}{'?' * (k in g['not_identified'])}" for k in EXPONENTS]
-        print(line.format(g["name"], g["n"], *texts, f"{g['mae_pct']:.2f}"))
+        print(f"{g['name']}: {g['n']} runs, mean error {g['mae_pct']:.2f} % of the loss")
+        print(line.format(*(f"{g[k]:.4f}{'?' * (k in g['not_identified'])}" for k in EXPONENTS)))
         if g["ci"]:
-            print(" " * 32 + "".join(f"{span(g['ci'][k]):17}" for k in EXPONENTS))
+            print(line.format(*(span(g["ci"][k]) for k in EXPONENTS)))
 
 
 def print_group(g, details):

@@ -29,7 +29,7 @@ class ModelConfig:
     experts: int = 8  # experts of a learned MoE layer
     top_k: int = 1  # experts a token goes to
     granularity: int = 1  # learned MoE: each expert's hidden size is the dense one divided by this
-    width: int = 64  # of the decoder
+    width: int = 64  # of the decoder; laptop 48
     depth: int = 4  # blocks of the decoder
     heads: int = 0  # attention heads; 0: a head dim near 64
     context: int = 128  # positions of a row, text tokens and patches

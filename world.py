@@ -205,7 +205,7 @@ class World:
         return f"{list(COLOURS)[colour]} {self.names[thing]}"
 
     def describe(self, w, scene):
-        """"a red mivo, a gold pelu; the pelu eats sodi." The mark says whether a fact follows, so
+        """"a red mivo, a green pelu; the pelu eats sodi." The mark says whether a fact follows, so
         that the end of a caption is no choice (see `interleaved`)."""
         for i, cell in enumerate(sorted(scene)):
             w.say(f"{', ' if i else ''}a {self.noun(scene[cell])}")

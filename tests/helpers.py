@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import Model, ModelConfig
+from train import code_version
 
 TINY = dict(width=32, depth=2, context=24, image_size=8, patch_size=4, vocab_size=37)  # P = 4
 
@@ -40,7 +41,8 @@ def save_run(folder, model, tokenizer="bytes"):
     """A directory with ckpt.pt, as train.py leaves it: what reads a run needs no more."""
     folder.mkdir(exist_ok=True)
     data = {"data": "procedural", "mixture": "45-45-10", "tokenizer": tokenizer}
-    config = {"model": dataclasses.asdict(model.cfg), "data": data}
+    config = {"model": dataclasses.asdict(model.cfg), "data": data,
+              "made": {"code": code_version()}}
     torch.save({"model": model.state_dict(), "config": config}, folder / "ckpt.pt")
 
 

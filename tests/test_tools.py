@@ -59,8 +59,8 @@ def cells(capsys, tmp_path, rows, *flags):
 
 def test_seeds_are_pooled_and_only_fields_that_vary_are_columns(capsys, tmp_path):
     (none, learned), _ = cells(capsys, tmp_path, ROWS)
-    assert list(none) == ["moe", "n", "N", "D", "loss", "tokens/s", "Δ loss"]
-    assert [none[x] for x in ("loss", "n", "Δ loss")] == ["1.2000 ± 0.2000", "3", "reference"]
+    assert list(none) == ["moe", "n", "N", "D", "loss", "tokens/s", "Δ loss, %"]
+    assert [none[x] for x in ("loss", "n", "Δ loss, %")] == ["1.2000 ± 0.2000", "3", "reference"]
     assert learned["moe"] == "learned" and learned["loss"] == "1.0667 ± 0.2082"
     rows = [{**r, "init": f"runs/text-s{r['seed']}"} for r in ROWS]  # differs as the seed does
     lines, _ = cells(capsys, tmp_path, rows, "--by", "moe")
@@ -80,30 +80,37 @@ def test_two_folders_are_compared_as_two_studies(capsys, tmp_path):
     flags = [str(tmp_path / "before"), str(tmp_path / "after"), "--by", "study"]
     table.main([*flags, "--against", "study=before"])
     after = next(line for line in capsys.readouterr().out.splitlines() if "| after" in line)
-    assert "0.5000 ± 0.0000" in after and "-0.7000 [" in after
+    assert "0.5000 ± 0.0000" in after and "-57.5 [" in after
 
 
 def test_the_difference_is_paired_over_shared_seeds(capsys, tmp_path):
-    """Differences -0.1, -0.2, -0.1: mean -0.1333, sd 0.0577, and t = 4.3027 at 2 degrees."""
+    """Losses in per cent of the other: 0.9 / 1.0, 1.0 / 1.2, 1.3 / 1.4, with t = 4.3027 at 2
+    degrees of freedom. Other measures as they are."""
     (_, learned), _ = cells(capsys, tmp_path, ROWS, "--by", "moe,experts")
-    half = 4.302653 * np.std([-0.1, -0.2, -0.1], ddof=1) / 3 ** 0.5
-    assert learned["Δ loss"] == f"-0.1333 [{-0.4 / 3 - half:+.4f}, {-0.4 / 3 + half:+.4f}]"
+    apart = [-10, -100 / 6, -100 / 14]
+    mean, half = np.mean(apart), 4.302653 * np.std(apart, ddof=1) / 3 ** 0.5
+    assert learned["Δ loss, %"] == f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
     (none, learned), _ = cells(capsys, tmp_path, ROWS, "--against", "moe=learned")
-    assert none["Δ loss"].startswith("+0.1333") and learned["Δ loss"] == "reference"
+    assert none["Δ loss, %"].startswith("+12.9") and learned["Δ loss, %"] == "reference"
+    rows = [{**r, "accuracy": r["loss"] / 2} for r in ROWS]
+    (_, learned), _ = cells(capsys, tmp_path, rows, "--metric", "accuracy")
+    assert learned["Δ accuracy"].startswith("-0.0667 [")
 
 
 def test_without_pairs_it_is_welchs_and_of_single_runs_it_has_no_interval(capsys, tmp_path):
-    """Variances 0.02 and 0.005 of two runs each: Welch has 1.47 degrees of freedom."""
+    """Variances 0.02 and 0.005 of two runs each: Welch has 1.47 degrees of freedom. In per cent of
+    the other line's mean, 1.1."""
     rows = [*ROWS[:2], row("learned", 2, 0.9), row("learned", 3, 1.0)]
     (_, learned), _ = cells(capsys, tmp_path, rows)
     freedom = 0.0125 ** 2 / (0.01 ** 2 + 0.0025 ** 2)
     half = table.stats.t.ppf(0.975, freedom) * 0.0125 ** 0.5
-    assert learned["Δ loss"] == f"-0.1500 [{-0.15 - half:+.4f}, {-0.15 + half:+.4f}] Welch"
+    low, high = (100 * (-0.15 + sign * half) / 1.1 for sign in (-1, 1))
+    assert learned["Δ loss, %"] == f"-13.6 [{low:+.1f}, {high:+.1f}] Welch"
     (_, learned), _ = cells(capsys, tmp_path, [ROWS[0], ROWS[3]])
-    assert learned["Δ loss"] == "-0.1000 [—]" and learned["loss"] == "0.9000"
+    assert learned["Δ loss, %"] == "-10.0 [—]" and learned["loss"] == "0.9000"
     rows = [*ROWS[:3], row("learned", 2, 2.5), row("learned", 3, 4.5)]  # one seed in common
     (_, learned), _ = cells(capsys, tmp_path, rows)
-    assert learned["Δ loss"].startswith("+2.3000 [") and learned["Δ loss"].endswith("Welch")
+    assert learned["Δ loss, %"].startswith("+191.7 [") and learned["Δ loss, %"].endswith("Welch")
 
 
 def test_each_line_is_compared_with_its_like(capsys, tmp_path):
@@ -111,7 +118,7 @@ def test_each_line_is_compared_with_its_like(capsys, tmp_path):
             for width in (8, 16) for moe, loss in (("none", 1.0), ("learned", 0.7))
             for seed in (-1, 1)]
     lines, _ = cells(capsys, tmp_path, rows, "--by", "width,moe", "--against", "moe=none")
-    assert [line["Δ loss"][:7] for line in lines] == ["referen", "-0.3000"] * 2
+    assert [line["Δ loss, %"][:4] for line in lines] == ["refe", "-3.3", "refe", "-1.8"]
 
 
 def test_diverged_runs_are_counted_and_named(capsys, tmp_path):
@@ -121,7 +128,7 @@ def test_diverged_runs_are_counted_and_named(capsys, tmp_path):
     assert learned["n"] == "2 (+ 1 diverged)" and learned["loss"].startswith("0.9500")
     assert "diverged: learned-s2" in text
     (_, learned), _ = cells(capsys, tmp_path, [*ROWS[:3], bad])
-    assert (learned["n"], learned["loss"], learned["Δ loss"]) == ("0 (+ 1 diverged)", "—", "—")
+    assert (learned["n"], learned["loss"], learned["Δ loss, %"]) == ("0 (+ 1 diverged)", "—", "—")
 
 
 @pytest.mark.parametrize("flags, named", [

@@ -14,13 +14,16 @@ import torch
 
 from data import check, get_tokenizer, patchify, square
 from model import Model, ModelConfig, generate, read_checkpoint
-from train import Parser
+from train import Parser, code_version
 
 
 def load_model(run_dir):
     """A run's directory -> its Model, on a GPU if there is one and in eval mode, and its data
-    settings (dict)."""
+    settings (dict). Says so on stderr if the code was edited since."""
     def build(ckpt):
+        if ckpt["config"]["made"]["code"] != code_version():
+            print(f"note: other code has trained {run_dir}; today's runs its weights",
+                  file=sys.stderr)
         model = Model(ModelConfig(**ckpt["config"]["model"]))
         model.load_state_dict(ckpt["model"])
         device = "cuda" if torch.cuda.is_available() else "cpu"

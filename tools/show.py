@@ -164,7 +164,8 @@ def main(argv=None):
     add("--context", type=int, default=0, help="positions in a row; 0: 1024, 128 for procedural")
     add("--image-size", type=int, default=0, help="0: as packed; 32 for procedural")
     add("--patch-size", type=int, default=0, help="0: 1/16 of the image; 1/4 for procedural")
-    add("--mixture", help="as for training; kinds of share 0 are left out (default: all kinds)")
+    add("--mixture", help="as for training; kinds of share 0 are left out (default: the "
+        "paper's three, or what the folder has)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     real = args.data != "procedural"

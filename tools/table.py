@@ -6,8 +6,8 @@
     python -m tools.table runs/before runs/after --by study,width --against study=before
 
 Reads OUT/results.jsonl of train.py, or any file of such rows, as tools.score writes. ± is the
-standard deviation over seeds. The last column is the difference to another line with its 95 %
-t-interval. It is of pairs with one seed, because the noise that they share (the same data in the
+standard deviation over seeds. The last column is the difference to another line, of losses in per
+cent of that, with its 95 % t-interval. It is of pairs with one seed, because the noise that they share (the same data in the
 same order) cancels; where no seed is shared, it is Welch's. With --against, --plot draws these
 differences of pairs in per cent of the other line.
 """
@@ -73,9 +73,9 @@ def group(rows, fields):
     for row in rows:
         seeds = groups.setdefault(tuple(row.get(field) for field in fields), {})
         twin = seeds.setdefault(row.get("seed"), row)
-        if twin is not row:  # they would pass for two seeds
-            raise SystemExit(f"{twin['run']} and {row['run']} would be one line and one seed: give "
-                             f"--by what differs ({', '.join(varying([twin, row])) or 'nothing'})")
+        more = [] if twin is row else varying([twin, row])
+        check(twin is row, f"{twin['run']} and {row['run']} would be one line and one seed: "
+              + (f"give --by {','.join([*fields, *more])}" if more else "remove one of them"))
     places = [*enumerate(chain(*groups))]
     first = {value: place for place, value in reversed(places)}
     return dict(sorted(groups.items(), key=lambda item: [
@@ -98,20 +98,24 @@ def pooled(values):
     return f"{values[0]:.4f}" if values else "—"
 
 
-def difference(these, those):
-    """{seed: loss} of a line and of its reference -> what the last column says."""
+def difference(these, those, percent):
+    """{seed: value} of a line and of its reference -> what the last column says, in per cent of the
+    reference or as it is."""
     shared = sorted(these.keys() & those.keys())
     if len(shared) == 1 and len(these) + len(those) > 2:
         shared = []  # a single pair would stand beside means of other runs
-    a, b = ([losses[seed] for seed in shared or losses] for losses in (these, those))
-    if len(a) == len(b) == 1:
-        return f"{a[0] - b[0]:+.4f} [—]"
-    if min(len(a), len(b)) < 2:
+    a, b = (np.array([values[seed] for seed in shared or values]) for values in (these, those))
+    if min(len(a), len(b)) < 2 < len(a) + len(b) or not len(a) * len(b):
         return "—"
+    form = "+.1f" if percent else "+.4f"
+    unit = 100 / (b if shared else b.mean()) if percent else 1
+    a, b = a * unit, b * unit
+    if len(a) == 1:
+        return f"{a[0] - b[0]:{form}} [—]"
     test = stats.ttest_rel(a, b) if shared else stats.ttest_ind(a, b, equal_var=False)
     low, high = test.confidence_interval(0.95)
     welch = "" if shared else " Welch"
-    return f"{np.mean(a) - np.mean(b):+.4f} [{low:+.4f}, {high:+.4f}]{welch}"
+    return f"{a.mean() - b.mean():{form}} [{low:{form}}, {high:{form}}]{welch}"
 
 
 def most_like(groups, key, lines):
@@ -138,7 +142,8 @@ def table(groups, fields, metrics, against):
     rows = [row for seeds in groups.values() for row in seeds.values()]
     sizes = ["N", "N_vision", "D"] if any(row.get("N_vision") for row in rows) else ["N", "D"]
     shown = [field for field in fields if field != "D"]  # D is among the sizes
-    yield [*shown, "n", *sizes, *metrics, "tokens/s", f"Δ {metrics[0]}"]
+    percent = metrics[0].startswith("loss")
+    yield [*shown, "n", *sizes, *metrics, "tokens/s", f"Δ {metrics[0]}" + ", %" * percent]
     for key, seeds in groups.items():
         row, losses = next(iter(seeds.values())), measured(seeds, metrics[0])
         bad = sum(row.get("status", "ok") != "ok" for row in seeds.values())
@@ -150,7 +155,7 @@ def table(groups, fields, metrics, against):
                *(pooled([*measured(seeds, metric).values()]) for metric in metrics),
                f"{speed:,.0f}",
                "reference" if like == key else
-               difference(losses, measured(groups[like], metrics[0]))]
+               difference(losses, measured(groups[like], metrics[0]), percent)]
 
 
 def plot(groups, fields, metrics, against, label, out):
@@ -232,7 +237,8 @@ def main(argv=None):
         print(f"\nleft out of the means, as they diverged: {', '.join(diverged)}")
     if across:
         unit = "byte" if all(row.get("data") == "procedural" for row in rows) else "token"
-        label = f"above {args.against} (%)" if against else f"nats a {unit}"
+        other = words(dict(rule.partition("=")[::2] for rule in against))
+        label = f"above {other} (%)" if against else f"nats a {unit}"
         plot(groups, fields, metrics, lines if against else [], label, args.out)
 
 
