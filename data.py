@@ -13,7 +13,6 @@ import json
 import random
 import re
 import signal
-import zlib
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -70,9 +69,8 @@ class DataConfig:
 def get_tokenizer(name="bytes"):
     """-> tiktoken.Encoding of "bytes" (256 bytes and end-of-text; needs no network), of a tiktoken
     name, or of the path of a .tiktoken file. (tiktoken's own reader keeps a copy by the path's
-    name, and would not see that a tokenizer was trained again.)
-
-    Encode data with `encode_ordinary`, because "<|endoftext|>" inside data is text, not control."""
+    name, and would not see that a tokenizer was trained again.) Data are encoded with
+    `encode_ordinary`, because "<|endoftext|>" inside them is text, not control."""
     path = Path(name)
     try:
         if name == "bytes":  # the pattern only cuts into pieces, for speed: nothing is merged
@@ -246,7 +244,7 @@ class Procedural:
 
     def __init__(self, cfg, seed, context, image_size, n_patches):
         self.cfg, self.seed = cfg, seed
-        self.tokenizer, self.contents, self.knows_floor = "bytes", 0, True
+        self.tokenizer, self.knows_floor = "bytes", True
         self.world, self.encoding, self.stored_size = World(image_size), get_tokenizer(), image_size
         self.validated_as = {"conversation": QUESTIONS}  # a loss for each kind of question
         self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
@@ -298,8 +296,6 @@ class Packed:
         self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
         meta = self.shards["train"].meta
         self.tokenizer, self.stored_size = meta["tokenizer"], meta["image_size"]
-        # a checkpoint must not go on with data that were packed into the same folder later
-        self.contents = zlib.crc32((Path(cfg.data) / "data.json").read_bytes())
 
     def kinds(self, split):
         return self.shards[split].kinds
@@ -519,9 +515,9 @@ class Loader:
         self.source = source(cfg, seed, context, image_size, n_patches)
         self.shares, self.encoding = cfg.shares, self.source.encoding
         there = self.source.kinds("train")
-        for kind in self.shares:
-            check(kind in there, f"--mixture {cfg.mixture}: {cfg.data} has only "
-                  f"{', '.join(there)}; give {kind} 0")
+        missing = [kind for kind in self.shares if kind not in there]
+        check(not missing, f"--mixture {cfg.mixture}: {cfg.data} has only {', '.join(there)}; give "
+              f"{' and '.join(missing)} 0")
         self.val_kinds()  # ends the program if there are none
 
     def val_kinds(self):

@@ -56,24 +56,24 @@ class ModelConfig:
             value = getattr(self, field.name)
             least = 0 if field.default == 0 else 1
             check(isinstance(value, str) or value >= least,
-                  f"{field.name} {value} is below {least}")
+                  f"--{field.name.replace('_', '-')} {value} is below {least}")
         check(self.fusion in ("early", "late"),
-              f"fusion {self.fusion!r} is unknown: use early or late")
+              f"--fusion {self.fusion} is unknown: use early or late")
         check(self.moe in ("none", "learned", "modality"),
-              f"moe {self.moe!r} is unknown: use none, learned or modality")
+              f"--moe {self.moe} is unknown: use none, learned or modality")
         check(self.image_size % self.patch_size == 0,
-              f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+              f"--image-size {self.image_size} is no multiple of --patch-size {self.patch_size}")
         check(self.moe != "learned" or self.top_k <= self.experts,
-              f"top_k {self.top_k} exceeds experts {self.experts}")
+              f"--top-k {self.top_k} exceeds --experts {self.experts}")
         check(self.moe == "learned" or self.granularity == 1,
-              f"granularity {self.granularity} needs moe learned, not {self.moe}")
+              f"--granularity {self.granularity} needs --moe learned, not {self.moe}")
         check(self.hidden % self.granularity == 0,
-              f"ffn hidden {self.hidden} is not divisible by granularity {self.granularity}")
+              f"--granularity {self.granularity} does not divide ffn hidden {self.hidden}")
         check(self.context >= self.n_patches + 2,
-              f"context {self.context} does not hold BOS, an image and one text token: "
+              f"--context {self.context} does not hold BOS, an image and one text token: "
               f"use at least {self.n_patches + 2}")
-        for name, width, heads in (("width", self.width, self.heads),
-                                   ("vision_width", self.encoder_width, 0)):
+        for name, width, heads in (("--width", self.width, self.heads),
+                                   ("--vision-width", self.encoder_width, 0)):
             check(split_heads(width, heads), f"{name} {width} does not split into "
                   f"{heads or 'two or more'} heads of an even size: use a multiple of 8")
 

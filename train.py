@@ -3,7 +3,6 @@
     python train.py                                             the laptop preset, a few minutes
     python train.py --fusion late --width 32 --tokens 1M,2M,4M --out runs/demo
     torchrun --standalone --nproc_per_node 8 train.py --preset 275m --data data/real --tokens 5B
-
     python train.py --dry-run --gpus 8xh100x0.4x2.5 --preset 932m --data data/real --tokens 5B
 
 Budgets (--tokens) share one trunk at constant learning rate and branch off it for their cooldowns
@@ -46,13 +45,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DataConfig, Loader, check, patchify, vocab_size
+from data import DataConfig, Loader, check, patchify, read_meta, vocab_size
 from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_checkpoint,
                    read_weights, split_heads, training_memory)
 
 # Fields that say how or where a run is computed, not what: they are no part of its identity.
-HOW = ("out", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device", "compile",
-       "attention", "experts_by", "shard", "workers", "checkpointing")
+HOW = ("out", "data", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device",
+       "compile", "attention", "experts_by", "shard", "workers", "checkpointing")
 SIZES = {**PRESETS, "laptop": dict(width=48, depth=4, context=128, image_size=32, patch_size=8,
                                    tokens_per_step=512, vision_lr=1.0)}
 # Published dense bf16 FLOP/s and memory in bytes, to tell MFU and to plan.
@@ -130,7 +129,7 @@ class Run:
 
 def parse_runs(argv):
     """The command line -> a Run for each token budget, the smallest first."""
-    lists = [value for flag, value in zip(["", *argv], argv)
+    lists = [f"{flag} {value}" for flag, value in zip(["", *argv], argv)
              if "," in value and "--tokens" not in (flag, value.partition("=")[0])]
     check(not lists, f"train.py: {' '.join(lists)}: a list of values needs python -m tools.sweep")
     parser = Parser(description=__doc__, prog="train.py", usage="train.py [--flag VALUE ...]")
@@ -195,7 +194,12 @@ def sizes_of_weights(asked, given):
     path = asked.sources().get("decoder")
     if not path:
         return {}
-    known, _ = read_weights(path)
+    known, theirs = read_checkpoint(path, lambda saved: (
+        saved["config"]["model"], saved["config"].get("data", {}).get("tokenizer")))
+    data = given.get("data", DataConfig.data)
+    ours = "bytes" if data == DataConfig.data else read_meta(data)["tokenizer"]
+    check(not theirs or Path(theirs).name == Path(ours).name,  # a file of tools.convert names none
+          f"{path} reads ids of the tokenizer {theirs}, these data have {ours}: pack them anew")
     heads = split_heads(known["width"], known["heads"])
     check("heads" not in given or split_heads(known["width"], given["heads"]) == heads,
           f"--heads {given.get('heads')}: {path} has heads of {heads}; leave --heads out")
@@ -236,6 +240,8 @@ def run_name(model, train, given):
     hash of its code, too, so that an edit of the code is never answered with the old numbers."""
     shown = ("fusion", "moe", "width", "depth", "tokens", "seed", "mixture")
     rest = {k: v for k, v in sorted(given.items()) if k not in shown + HOW}
+    if given.get("data", DataConfig.data) != DataConfig.data:  # what is packed, wherever it lies
+        rest["data"] = zlib.crc32((Path(given["data"]) / "data.json").read_bytes())
     words = (model.fusion, model.moe.replace("none", ""), train.preset.replace("laptop", ""),
              f"w{model.width}", f"d{model.depth}", train.tokens, f"s{train.seed}",
              given.get("mixture"), f"{zlib.crc32(json.dumps(rest).encode()):08x}" if rest else "")
@@ -480,8 +486,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, run.train, machine)  # of what sharding leaves
         self.loader = Loader(run.data, run.train.seed, run.model.context, run.model.image_size,
                              run.model.patch_size)
-        source = self.loader.source
-        data = {**asdict(run.data), "tokenizer": source.tokenizer, "contents": source.contents}
+        data = {**asdict(run.data), "tokenizer": self.loader.source.tokenizer}
         self.config = {"model": asdict(run.model), "train": asdict(run.train), "data": data,
                        "made": {"code": code_version()}}
         self.stop = StopSignal()  # this process was asked to stop
@@ -592,10 +597,9 @@ class Trainer:
 
     def changed(self, config):
         """The names of what makes a checkpoint's config another run's than this one."""
-        ours, theirs = ({**values, "data (packed anew)": values.get("contents")} for values in (
-            ChainMap(self.run.identity(), *self.config.values()), ChainMap(*config.values())))
-        names = [*self.run.identity(), "data (packed anew)", "code"]
-        return ", ".join(name for name in names if ours[name] != theirs.get(name))
+        ours, theirs = ChainMap(*self.config.values()), ChainMap(*config.values())
+        return ", ".join(name for name in [*self.run.identity(), "code"]
+                         if ours[name] != theirs.get(name))
 
     def begin(self):
         """Starts from the run's own checkpoint, else from the longest trunk of another budget, else
@@ -840,7 +844,7 @@ def notes(run, memory, loader):
             abs(run.steps * cfg.tokens_per_step / asked - 1) > 0.05,
         f"--preset {cfg.preset} is a size of {fusion} fusion, this model is {model.fusion}":
             fusion != model.fusion,
-        f"--preset {cfg.preset} is a size for CUDA, which is not here; --dry-run plans it":
+        f"--preset {cfg.preset} is a size for CUDA, which is not here; --dry-run --gpus plans it":
             cfg.preset != "laptop" and not memory,
         f"the images were packed at {stored} pixels, and are enlarged to {model.image_size}":
             stored < model.image_size,

@@ -50,12 +50,19 @@ TEXTS = [{"text": f"text number {i} " * 20} for i in range(40)]
 # -- checkpoints, logs and results -----------------------------------------------------------------
 
 
-def test_other_data_in_the_folder_of_a_checkpoint_are_refused(tmp_path):
-    packed(tmp_path / "data", write_rows(tmp_path / "a.jsonl", TEXTS))
-    flags = ["--data", str(tmp_path / "data"), "--mixture", "0-0-100"]
-    start(tmp_path / "out", *flags)
-    packed(tmp_path / "data", write_rows(tmp_path / "b.jsonl", TEXTS[:20]))
-    assert "packed anew" in again(tmp_path / "out", *flags)
+def test_a_run_belongs_to_the_data_and_not_to_their_place(tmp_path):
+    """The same data elsewhere are the same run; other data in the same folder are another."""
+    data, moved, out = tmp_path / "data", tmp_path / "moved", tmp_path / "out"
+
+    def names(data):
+        start(out, "--data", str(data), "--mixture", "0-0-100")
+        return [*train.finished(out)]
+    packed(data, write_rows(tmp_path / "a.jsonl", TEXTS))
+    before = names(data)
+    data.rename(moved)
+    assert names(moved) == before
+    packed(data, write_rows(tmp_path / "b.jsonl", TEXTS[:20]))
+    assert len(names(data)) == 2
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):

@@ -348,6 +348,12 @@ def test_flags_that_contradict_the_weights_are_refused(tmp_path):
         train.parse_runs([*start, "--heads", "4"])
     with pytest.raises(SystemExit, match="--preset 289m has fusion late"):
         train.parse_runs([*start, "--preset", "289m"])
+    path = one(tmp_path) / "ckpt.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["config"]["data"]["tokenizer"] = "gpt2"
+    torch.save(saved, path)
+    with pytest.raises(SystemExit, match="tokenizer gpt2"):
+        train.parse_runs(start)
 
 
 # -- the command line ----------------------------------------------------------------------------

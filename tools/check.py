@@ -7,8 +7,8 @@ A line for each thing, in three minutes: the machine's rates; each fast way besi
 one, in values and gradients (FlexAttention and the dense mask, grouped_mm and the loop over the
 experts, bf16 and fp32, compiled and eager); a step of the model with its MFU, and its memory beside
 the arithmetic; checkpoint and resume; one process, all GPUs and --shard. The last line is the
-command to train with, with the flags that avoid what was found wrong (exit status 1). A CPU runs
-what it can.
+command to train with, with the flags that avoid what was found wrong (exit status 1). It takes all
+flags of train.py. A CPU runs what it can.
 
 Dimensions: B rows, T positions, W width, E experts, S slots.
 """
@@ -209,7 +209,7 @@ def main(argv=None):
         avoid = [flag for name, (work, flag) in checks.items()
                  if not fine(name, work, run, machine)]
     launch = f"torchrun --standalone --nproc_per_node {ranks}" if cuda and ranks > 1 else "python"
-    for flag, example in (("--data", "data/real"), ("--tokens", "5B")):  # of a preset
+    for flag, example in (("--data", "data/real"), ("--tokens", "5B"), ("--out", "runs/real")):
         if run.train.preset != "laptop" and flag not in [word.partition("=")[0] for word in words]:
             words += [flag, example]
     print(f"train with: {launch} train.py {' '.join([*words, *filter(None, avoid)])}")

@@ -11,6 +11,7 @@ img2dataset has fetched to images/ in that folder, under a name that follows fro
 list of hundreds of millions of URLs has to be in memory, and the command may be stopped and given
 again. Needs the package pyarrow.
 """
+import shutil
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,25 +22,25 @@ from tools.pack import file_of_url
 from train import Parser
 
 
-def parquet_files(folder, remedy):
-    files = sorted(folder.glob("*.parquet"))
+def batches(folder, columns, remedy):
+    """Yields (file, {column: values}) of some thousand rows of a folder's parquet files at a time.
+    SystemExit, one line, where there are none, or they lack a column."""
+    parquet, files = need("pyarrow.parquet", "pyarrow"), sorted(folder.glob("*.parquet"))
     check(files, f"{folder} has no .parquet file: {remedy}")
-    return files
-
-
-def batches(files, columns):
-    """Yields (file, {column: values}) of some thousand rows at a time."""
-    parquet = need("pyarrow.parquet", "pyarrow")
     for path in tqdm(files, "files", disable=None):
-        for batch in parquet.ParquetFile(path).iter_batches(4096, columns=columns):
+        file = parquet.ParquetFile(path)
+        check({*columns} <= {*file.schema_arrow.names}, f"{path} has no column "
+              f"{' or no '.join(columns)}: {remedy}")
+        for batch in file.iter_batches(4096, columns=columns):
             yield path, batch.to_pydict()
 
 
 def list_urls(folder, out):
     """Writes the URLs in a folder's parquet files to a file, one a line; returns their number."""
-    files, n = parquet_files(folder, "name the folder of OBELICS' data"), 0
+    n, remedy = 0, "name the folder of OBELICS' data"
+    out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "w", encoding="utf-8") as file:
-        for _, rows in batches(files, ["images"]):
+        for _, rows in batches(folder, ["images"], remedy):
             urls = dict.fromkeys(url for images in rows["images"] for url in images if url)
             file.writelines(f"{url}\n" for url in urls)
             n += len(urls)
@@ -50,14 +51,14 @@ def take_images(folder, fetched):
     """Moves what img2dataset wrote as files (beside each folder of images lies a parquet file that
     says which URL each is of) to folder/images; returns how many images are there now, of how many
     that were asked for."""
-    files, n, here = parquet_files(fetched, "name the --output_folder of img2dataset"), 0, 0
-    for path, rows in batches(files, ["url", "key"]):
+    n, here, remedy = 0, 0, "name the --output_folder of img2dataset"
+    for path, rows in batches(fetched, ["url", "key"], remedy):
         for url, key in zip(rows["url"], rows["key"]):
             image = path.with_suffix("") / f"{key}.jpg"
             place = folder / "images" / file_of_url(url)
             if image.is_file():
                 place.parent.mkdir(parents=True, exist_ok=True)
-                image.replace(place)
+                shutil.move(image, place)  # to another disk, too
             n, here = n + 1, here + place.is_file()
     return here, n
 

@@ -428,13 +428,13 @@ def find_sources(kind, patterns):
 def unfinished(jobs, out, config):
     """The jobs that no finished shard answers. SystemExit: `out` has another config."""
     done = {folder: shard["made_from"] for folder, shard in read_shards(out)}
+    check(all(config.items() <= made_from.items() for made_from in done.values()),
+          f"{out} was packed with another tokenizer than {jobs[0][3]} or another image size than "
+          f"{config['image_size']}: choose another --out")
     for path, _, folder, _, made_from in jobs:
         if done.get(folder, made_from)["val_share"] != made_from["val_share"]:
             print(f"note: {path} was packed with another --split or --val-fraction; it is packed "
                   "again, because nothing may be in both train and val")
-    check(all(config.items() <= made_from.items() for made_from in done.values()),
-          f"{out} was packed with another tokenizer than {jobs[0][3]} or another image size than "
-          f"{config['image_size']}: choose another --out")
     todo = [job for job in jobs if done.get(job[2]) != job[4]]
     hint = f" (to pack one again, as when images were missing, delete its folder in {out})"
     print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them packed before"

@@ -1,6 +1,6 @@
 """What a run would take: time, memory, disk, data and price. It trains nothing.
 
-    python train.py --dry-run --preset 275m                     on this machine, timed here
+    python train.py --dry-run                                   on this machine, timed here
     python train.py --dry-run --preset 932m --tokens 100B --gpus 8xh100x0.4x2.5
     python -m tools.sweep --dry-run --preset 275m,464m --tokens 1B,2B --gpus 8xh100x0.4x2.5
 
@@ -66,12 +66,25 @@ def mean_positions(loader):
     return sum(row.used for row in rows) / 100 - images, images
 
 
+def published_positions(run, loader):
+    """The same of the paper's data, for its image size and the run's mixture."""
+    image = 0
+    for kind, share in loader.shares.items():
+        _, words, images = SAMPLES.get(kind, SAMPLES["caption"])
+        patches = images * run.model.n_patches
+        image += share / 100 * run.model.context * patches / (words + patches)
+    return run.model.context - image, image
+
+
 def plan(run, place, machine):
     """Lines for a person, seconds of training, GB on disk. place: Cards, or the machine itself,
     whose speed is then measured."""
     cfg, shape, D = run.train, run.model, run.steps * run.train.tokens_per_step
     loader = Loader(run.data, cfg.seed, shape.context, shape.image_size, shape.patch_size)
-    text, image = mean_positions(loader)
+    check(place is not machine or place.memory or cfg.preset not in PRESETS, f"--preset "
+          f"{cfg.preset} is a size for GPUs: name those to plan for, as --gpus 8xh100x0.4")
+    no_data = cfg.preset in PRESETS and run.data.data == "procedural"  # then the paper's are meant
+    text, image = published_positions(run, loader) if no_data else mean_positions(loader)
     model, (micro_rows, times) = on_meta(shape), train.divide_step(run, place)
     n, C = model.num_params(), model.flops(D, image / shape.context * D)
     head = (f"{run.name}: N {n['N']:,}, D {D:,}, C {C:.3g} FLOPs, {run.steps:,} steps of "
@@ -85,9 +98,9 @@ def plan(run, place, machine):
     if place.memory:
         fixed, row = training_memory(shape, place.ranks, cfg.shard)
         lines += [f"memory: {(fixed + row * micro_rows) / 1e9:.1f} GB of {place.memory / 1e9:.0f}"]
-    disk, padding = 24 * n["N_total"] / 1e9, 1 - (text + image) / shape.context
-    lines += [f"disk: {disk:.2f} GB for ckpt.pt and trunk.pt",
-              f"padding: {padding:.1%} of the positions, of {run.data.data} data",
+    disk, padding = 36 * n["N_total"] / 1e9, 1 - (text + image) / shape.context
+    lines += [f"disk: {disk:.2f} GB for ckpt.pt, trunk.pt and the next ckpt.pt beside them",
+              *[f"padding: {padding:.1%} of the positions, of {run.data.data} data"][no_data:],
               *(line_of(kind, share, run, loader) for kind, share in loader.shares.items()),
               *(f"note: {note}" for note in train.notes(run, place.memory, loader))]
     return lines, seconds, disk
