@@ -199,8 +199,8 @@ def test_images_that_were_fetched_for_obelics_are_found_by_their_urls(tmp_path, 
     write = pyarrow.parquet.write_table
     write(pyarrow.table({"images": [[urls[0], None, urls[1]]], "texts": [[None, "seen", None]]}),
           folder / "a.parquet")
-    obelics_main([str(folder), "--urls", str(tmp_path / "urls.txt")])
-    assert (tmp_path / "urls.txt").read_text("utf-8").split() == urls
+    obelics_main([str(folder), "--urls", str(tmp_path / "new" / "urls.txt")])
+    assert (tmp_path / "new" / "urls.txt").read_text("utf-8").split() == urls
     write(pyarrow.table({"url": urls, "key": ["000000", "000001"]}), fetched / "00000.parquet")
     (fetched / "00000" / "000000.jpg").write_bytes(picture(fmt="JPEG"))
     for _ in range(2):  # it may be given again
@@ -211,6 +211,8 @@ def test_images_that_were_fetched_for_obelics_are_found_by_their_urls(tmp_path, 
     assert shards.meta["skipped"] == {"image is a URL (download it first)": [1, "a.parquet: 1"]}
     for flags in (["--urls", str(tmp_path / "none.txt")], ["--fetched", str(tmp_path)]):
         one_line(SystemExit, obelics_main, [str(tmp_path), *flags])
+    named = one_line(SystemExit, obelics_main, [str(folder), "--fetched", str(folder)])
+    assert "a.parquet" in named and "url" in named
 
 
 def test_caption_tar_without_txt_and_in_any_order(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import train
 from data import encode, expand, get_tokenizer
 from helpers import one_line, write_rows
+from model import on_meta
 from test_pack import llava, picture
 from tools import board, curves, plan, score, sizes, sweep, table
 from world import QUESTIONS
@@ -352,6 +353,17 @@ def test_a_dry_run_for_gpus_that_are_not_here(capsys):
     assert "of 80" in said and "OBELICS" in said and "DCLM" in said
     with pytest.raises(SystemExit, match="checkpointing|shard"):
         plan.main(["--preset", "8.13b", "--tokens", "10B", "--gpus", "1xa100"])
+
+
+def test_a_dry_run_of_a_paper_size_needs_neither_its_data_nor_its_gpu(capsys):
+    """The share of images is the paper's, 0.544 (App. C.2), and nothing so large is built here."""
+    plan.main(["--preset", "289m", "--tokens", "5B", "--gpus", "8xh100"])
+    said, cfg = capsys.readouterr().out, train.make_runs({"preset": "289m"})[0].model
+    n, D = on_meta(cfg).num_params(), int(re.search(r"D ([\d,]+)", said)[1].replace(",", ""))
+    flops = 6 * D * (n["N"] + 0.544 * n["N_vision"])
+    assert float(re.search(r"C (\S+) FLOPs", said)[1]) == pytest.approx(flops, rel=2e-3)
+    with pytest.raises(SystemExit, match="--gpus"):
+        plan.main(["--preset", "8.13b", "--tokens", "5B", "--device", "cpu"])
 
 
 def test_a_dry_run_of_a_sweep_adds_up(capsys):
