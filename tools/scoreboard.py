@@ -33,7 +33,7 @@ SETTINGS = ("fusion moe n_experts top_k granularity width vision_width mixture i
             " patch_size tokens_per_step lr vision_lr init init_vision seed").split()
 # What differs with a field, and so need not be equal in a pair.
 FOLLOWS = {"fusion": "lr vision_lr vision_width init init_vision",
-           "moe": "n_experts top_k granularity init",
+           "moe": "n_experts top_k granularity init", "D": "lr",
            "width": "lr vision_width", "interleaved_share": "mixture",
            "text_share": "mixture", "image_size": "context D tokens_per_step"}
 EARLY, LATE = {"fusion": "early", "moe": "none"}, {"fusion": "late"}
