@@ -25,6 +25,7 @@ from tools import sweep
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXPERIMENTS = (ROOT / "results" / "experiments.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
 LECTURE = (ROOT / "results" / "lecture.md").read_text(encoding="utf-8")
 SMALL = ("--preset laptop --width 16 --depth 1 --context 128 --image-size 32 --patch-size 8 "
          "--tokens 2K,4K --tokens-per-step 512 --warmup 2 --val-rows 2 --device cpu").split()
@@ -184,6 +185,16 @@ def test_the_lecture_runs_with_its_exercises(workplace, monkeypatch):
                 words += ["--eval-every", "4"] * ("--eval-every" in words)
         run_here(command, words)
     assert len(todo) >= 10
+
+
+def test_what_reads_the_results_reads_them(workplace, monkeypatch):
+    """The commands of results/README.md on the rows beside it."""
+    monkeypatch.chdir(workplace)
+    todo = [command for command in commands(RESULTS) if "results/laptop" in command
+            or "results/experiments" in command]
+    for command in todo:
+        run_here(command, small(shlex.split(command)))
+    assert len(todo) == 5
 
 
 def test_what_is_not_run_here_is_at_least_well_formed():
