@@ -13,6 +13,7 @@ import json
 import random
 import re
 import signal
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -244,7 +245,7 @@ class Procedural:
 
     def __init__(self, cfg, seed, context, image_size, n_patches):
         self.cfg, self.seed = cfg, seed
-        self.tokenizer, self.knows_floor = "bytes", True
+        self.knows_floor, self.known_by = True, {"tokenizer": "bytes"}
         self.world, self.encoding, self.stored_size = World(image_size), get_tokenizer(), image_size
         self.validated_as = {"conversation": QUESTIONS}  # a loss for each kind of question
         self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
@@ -295,7 +296,8 @@ class Packed:
         self.encoding = self.shards["train"].encoding
         self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
         meta = self.shards["train"].meta
-        self.tokenizer, self.stored_size = meta["tokenizer"], meta["image_size"]
+        self.stored_size = meta["image_size"]
+        self.known_by = {x: meta.get(x) for x in ("tokenizer", "tokenizer_hash", "contents")}
 
     def kinds(self, split):
         return self.shards[split].kinds
@@ -387,12 +389,12 @@ def next_fit(sizes, context):
 
 
 def read_meta(root):
-    """What data.json in a packed folder says, its tokenizer as get_tokenizer wants it."""
+    """data.json of a packed folder, its tokenizer as get_tokenizer wants it, and its checksum."""
     path = Path(root) / "data.json"
     check(path.is_file(),
           f"{path} does not exist: make it with `python -m tools.pack ... --out {root}`")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text("utf-8")) | {"contents": zlib.crc32(path.read_bytes())}
         meta["splits"], meta["vocab_size"] + 1, meta["image_size"] + 1  # or it is damaged
         if meta["tokenizer"].endswith(".tiktoken"):
             meta["tokenizer"] = str(Path(root) / meta["tokenizer"])

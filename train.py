@@ -10,8 +10,6 @@ Budgets (--tokens) share one trunk at constant learning rate and branch off it f
 interrupted goes on where it stopped, and a longer budget starts from the trunk of a shorter one,
 today's or yesterday's. --dry-run says what a run would take, and trains nothing; its --gpus names
 their number, the card, the MFU and the dollars an hour. To train many models: tools.sweep.
-
-Dimensions:  B rows in a micro-batch   T context
 """
 import argparse
 import ast
@@ -129,7 +127,7 @@ class Run:
 
 def parse_runs(argv):
     """The command line -> a Run for each token budget, the smallest first."""
-    lists = [f"{flag} {value}" for flag, value in zip(["", *argv], argv)
+    lists = [f"{flag} {value}".strip() for flag, value in zip(["", *argv], argv)
              if "," in value and "--tokens" not in (flag, value.partition("=")[0])]
     check(not lists, f"train.py: {' '.join(lists)}: a list of values needs python -m tools.sweep")
     parser = Parser(description=__doc__, prog="train.py", usage="train.py [--flag VALUE ...]")
@@ -195,11 +193,10 @@ def sizes_of_weights(asked, given):
     if not path:
         return {}
     known, theirs = read_checkpoint(path, lambda saved: (
-        saved["config"]["model"], saved["config"].get("data", {}).get("tokenizer")))
-    data = given.get("data", DataConfig.data)
-    ours = "bytes" if data == DataConfig.data else read_meta(data)["tokenizer"]
-    check(not theirs or Path(theirs).name == Path(ours).name,  # a file of tools.convert names none
-          f"{path} reads ids of the tokenizer {theirs}, these data have {ours}: pack them anew")
+        saved["config"]["model"], saved["config"].get("data", {}).get("tokenizer_hash")))
+    packed = given.get("data", DataConfig.data) != DataConfig.data
+    check(not packed or theirs in (None, read_meta(given["data"])["tokenizer_hash"]),
+          f"{path} reads ids of another tokenizer than {given.get('data')}: pack that anew")
     heads = split_heads(known["width"], known["heads"])
     check("heads" not in given or split_heads(known["width"], given["heads"]) == heads,
           f"--heads {given.get('heads')}: {path} has heads of {heads}; leave --heads out")
@@ -241,7 +238,7 @@ def run_name(model, train, given):
     shown = ("fusion", "moe", "width", "depth", "tokens", "seed", "mixture")
     rest = {k: v for k, v in sorted(given.items()) if k not in shown + HOW}
     if given.get("data", DataConfig.data) != DataConfig.data:  # what is packed, wherever it lies
-        rest["data"] = zlib.crc32((Path(given["data"]) / "data.json").read_bytes())
+        rest["data"] = read_meta(given["data"])["contents"]
     words = (model.fusion, model.moe.replace("none", ""), train.preset.replace("laptop", ""),
              f"w{model.width}", f"d{model.depth}", train.tokens, f"s{train.seed}",
              given.get("mixture"), f"{zlib.crc32(json.dumps(rest).encode()):08x}" if rest else "")
@@ -486,7 +483,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, run.train, machine)  # of what sharding leaves
         self.loader = Loader(run.data, run.train.seed, run.model.context, run.model.image_size,
                              run.model.patch_size)
-        data = {**asdict(run.data), "tokenizer": self.loader.source.tokenizer}
+        data = asdict(run.data) | self.loader.source.known_by
         self.config = {"model": asdict(run.model), "train": asdict(run.train), "data": data,
                        "made": {"code": code_version()}}
         self.stop = StopSignal()  # this process was asked to stop
@@ -825,7 +822,7 @@ def forward_and_backward(trainer, batches):
         for total, value in zip(totals, seen):
             total += value
         if trainer.run.model.moe == "learned":
-            loads = loads + out.expert_counts.sum(1)                             # (L,E)
+            loads = loads + out.expert_counts.sum(1)  # (layers, experts)
     if trainer.run.model.moe == "learned":
         for block, load in zip(trainer.model.blocks, machine.sum(loads)):
             block.ffn.load.copy_(load)
@@ -907,7 +904,7 @@ def result_row(trainer, status, losses):
         "D": D, "D_vision": D_vision, "C": trainer.model.flops(D, D_vision), **losses,
         "steps": run.steps, **trainer.speed(), "peak_mem_mb": peak_memory(machine),
         "device": machine.name, "world_size": machine.ranks, "torch": torch.__version__,
-        "git": git_commit(), "status": status,
+        "git": git_commit(), "status": status, "contents": settings.get("contents"),
     }
 
 
@@ -949,7 +946,7 @@ def show_sample(trainer):
     if "caption" not in trainer.loader.val_kinds():
         return
     row, stop = source.val_row("caption", 0), source.encoding.eot_token
-    image = torch.from_numpy(patchify(row.images[0], cfg.patch_size))            # (P,patch_dim)
+    image = torch.from_numpy(patchify(row.images[0], cfg.patch_size))  # (patches, patch_dim)
     truth = itertools.takewhile(lambda token: token not in (stop, -1), row.target[cfg.n_patches:])
     with torch.compiler.set_stance("force_eager"):  # a growing prompt would compile at each token
         said = generate(trainer.model, [[stop], image], 64, stop=stop,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 import train
 from helpers import one_line
+from tools.bench import repeated
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--width 16 --depth 1 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 2 "
@@ -350,10 +352,15 @@ def test_flags_that_contradict_the_weights_are_refused(tmp_path):
         train.parse_runs([*start, "--preset", "289m"])
     path = one(tmp_path) / "ckpt.pt"
     saved = torch.load(path, weights_only=True)
-    saved["config"]["data"]["tokenizer"] = "gpt2"
+    saved["config"]["data"]["tokenizer_hash"] = 1
     torch.save(saved, path)
-    with pytest.raises(SystemExit, match="tokenizer gpt2"):
-        train.parse_runs(start)
+    packed = repeated(tmp_path / "packed", 10**6)
+    data_json = packed / "data.json"
+    for number, refused in ((1, False), (2, True)):
+        meta = json.loads(data_json.read_text("utf-8")) | {"tokenizer_hash": number}
+        data_json.write_text(json.dumps(meta), encoding="utf-8")
+        with pytest.raises(SystemExit, match="another tokenizer") if refused else nullcontext():
+            train.parse_runs([*start, "--data", str(packed)])
 
 
 # -- the command line ----------------------------------------------------------------------------

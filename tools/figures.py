@@ -107,8 +107,8 @@ def draw_laws(studies):
     for ax, (runs, budgets) in zip(axes[4 + several:], sliced):
         draw_slices(ax, runs, budgets)
         ax.legend(fontsize=8)
-    legend = {"title": "band: 95 % of refits\ndashed: no runs", "title_fontsize": 8}
-    axes[4 if several else 1].legend(fontsize=8, loc="upper right" if several else "best", **legend)
+    axes[4 if several else 1].legend(fontsize=8, title="band: 95 % of refits\ndashed: no runs",
+                                     title_fontsize=8)
     return page
 
 

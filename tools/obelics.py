@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data import check
 from tools import need
 from tools.pack import file_of_url
-from train import Parser
+from train import Parser, write_whole
 
 
 def batches(folder, columns, remedy):
@@ -37,13 +37,17 @@ def batches(folder, columns, remedy):
 
 def list_urls(folder, out):
     """Writes the URLs in a folder's parquet files to a file, one a line; returns their number."""
-    n, remedy = 0, "name the folder of OBELICS' data"
+    def write(path):
+        nonlocal n
+        with open(path, "w", encoding="utf-8") as file:
+            for _, rows in batches(folder, ["images"], "name the folder of OBELICS' data"):
+                urls = dict.fromkeys(url for images in rows["images"] for url in images if url)
+                file.writelines(f"{url}\n" for url in urls)
+                n += len(urls)
+
+    n = 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "w", encoding="utf-8") as file:
-        for _, rows in batches(folder, ["images"], remedy):
-            urls = dict.fromkeys(url for images in rows["images"] for url in images if url)
-            file.writelines(f"{url}\n" for url in urls)
-            n += len(urls)
+    write_whole(out, write)
     return n
 
 

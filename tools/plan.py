@@ -67,7 +67,7 @@ def mean_positions(loader):
 
 
 def published_positions(run, loader):
-    """The same of the paper's data, for its image size and the run's mixture."""
+    """The same of the paper's data, without padding, for the run's image size and mixture."""
     image = 0
     for kind, share in loader.shares.items():
         _, words, images = SAMPLES.get(kind, SAMPLES["caption"])
@@ -81,9 +81,10 @@ def plan(run, place, machine):
     whose speed is then measured."""
     cfg, shape, D = run.train, run.model, run.steps * run.train.tokens_per_step
     loader = Loader(run.data, cfg.seed, shape.context, shape.image_size, shape.patch_size)
-    check(place is not machine or place.memory or cfg.preset not in PRESETS, f"--preset "
-          f"{cfg.preset} is a size for GPUs: name those to plan for, as --gpus 8xh100x0.4")
-    no_data = cfg.preset in PRESETS and run.data.data == "procedural"  # then the paper's are meant
+    paper = cfg.preset in PRESETS
+    check(place is not machine or place.memory or not paper, f"--preset {cfg.preset} is a size for "
+          "GPUs: name those to plan for, as --gpus 8xh100x0.4")
+    no_data = paper and run.data.data == "procedural"
     text, image = published_positions(run, loader) if no_data else mean_positions(loader)
     model, (micro_rows, times) = on_meta(shape), train.divide_step(run, place)
     n, C = model.num_params(), model.flops(D, image / shape.context * D)
@@ -98,9 +99,9 @@ def plan(run, place, machine):
     if place.memory:
         fixed, row = training_memory(shape, place.ranks, cfg.shard)
         lines += [f"memory: {(fixed + row * micro_rows) / 1e9:.1f} GB of {place.memory / 1e9:.0f}"]
-    disk, padding = 36 * n["N_total"] / 1e9, 1 - (text + image) / shape.context
-    lines += [f"disk: {disk:.2f} GB for ckpt.pt, trunk.pt and the next ckpt.pt beside them",
-              *[f"padding: {padding:.1%} of the positions, of {run.data.data} data"][no_data:],
+    disk, padding = 24 * n["N_total"] / 1e9, 1 - (text + image) / shape.context
+    lines += [f"disk: {disk:.2f} GB for ckpt.pt and trunk.pt, half more while one is written",
+              f"padding: {padding:.1%} of the positions",
               *(line_of(kind, share, run, loader) for kind, share in loader.shares.items()),
               *(f"note: {note}" for note in train.notes(run, place.memory, loader))]
     return lines, seconds, disk

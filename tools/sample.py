@@ -21,7 +21,7 @@ def load_model(run_dir):
     """A run's directory -> its Model, on a GPU if there is one and in eval mode, and its data
     settings (dict). Says so on stderr if the code was edited since."""
     def build(ckpt):
-        if ckpt["config"]["made"]["code"] != code_version():
+        if ckpt["config"].get("made") != {"code": code_version()}:
             print(f"note: other code has trained {run_dir}; today's runs its weights",
                   file=sys.stderr)
         model = Model(ModelConfig(**ckpt["config"]["model"]))

@@ -33,7 +33,7 @@ SETTINGS = ("fusion moe n_experts top_k granularity width vision_width mixture i
             " patch_size tokens_per_step lr vision_lr init init_vision seed").split()
 # What differs with a field, and so need not be equal in a pair.
 FOLLOWS = {"fusion": "lr vision_lr vision_width init init_vision",
-           "moe": "n_experts top_k granularity init", "D": "lr",
+           "moe": "n_experts top_k granularity init",
            "width": "lr vision_width", "interleaved_share": "mixture",
            "text_share": "mixture", "image_size": "context D tokens_per_step"}
 EARLY, LATE = {"fusion": "early", "moe": "none"}, {"fusion": "late"}
@@ -108,6 +108,8 @@ def differences(rows, finding):
         return {}
     low, high = (pairs([row for row in rows if row[finding.across] == end])
                  for end in (ends[0], ends[-1]))
+    low, high = ({tuple(item for item in key if item[0] != "lr"): difference  # each has its own
+                  for key, difference in found.items()} for found in (low, high))
     return {key: high[key] - low[key] for key in low.keys() & high.keys()}
 
 

@@ -7,9 +7,9 @@
 
 Reads OUT/results.jsonl of train.py, or any file of such rows, as tools.score writes. ± is the
 standard deviation over seeds. The last column is the difference to another line, of losses in per
-cent of that, with its 95 % t-interval. It is of pairs with one seed, because the noise that they share (the same data in the
-same order) cancels; where no seed is shared, it is Welch's. With --against, --plot draws these
-differences of pairs in per cent of the other line.
+cent of that, with its 95 % t-interval. It is of pairs with one seed, because the noise that they
+share (the same data in the same order) cancels; where no seed is shared, it is Welch's. With
+--against, --plot draws these differences of pairs in per cent of the other line.
 """
 import re
 from difflib import get_close_matches
@@ -40,7 +40,7 @@ def read(paths):
         for row in map(json_row, path.read_text("utf-8", "replace").splitlines()):
             if "run" in row:  # or the line is broken, as where a disk was full
                 study = row.setdefault("study", path.resolve().parent.name)
-                rows[path, study, row["run"], row.get("scored")] = row
+                rows[path, study, row["run"], row.get("lr"), row.get("scored")] = row
     check(rows, f"{', '.join(paths)}: no run has ended yet")
     for row in rows.values():
         if "mixture" in row:
@@ -73,9 +73,11 @@ def group(rows, fields):
     for row in rows:
         seeds = groups.setdefault(tuple(row.get(field) for field in fields), {})
         twin = seeds.setdefault(row.get("seed"), row)
-        more = [] if twin is row else varying([twin, row])
-        check(twin is row, f"{twin['run']} and {row['run']} would be one line and one seed: "
-              + (f"give --by {','.join([*fields, *more])}" if more else "remove one of them"))
+        if twin is not row:  # they would pass for two seeds
+            more = varying([twin, row])
+            remedy = f"give --by {','.join([*fields, *more])}" if more else "remove one of them"
+            raise SystemExit(f"{twin['run']} and {row['run']} would be one line and one seed: "
+                             + remedy)
     places = [*enumerate(chain(*groups))]
     first = {value: place for place, value in reversed(places)}
     return dict(sorted(groups.items(), key=lambda item: [
@@ -105,7 +107,7 @@ def difference(these, those, percent):
     if len(shared) == 1 and len(these) + len(those) > 2:
         shared = []  # a single pair would stand beside means of other runs
     a, b = (np.array([values[seed] for seed in shared or values]) for values in (these, those))
-    if min(len(a), len(b)) < 2 < len(a) + len(b) or not len(a) * len(b):
+    if min(len(a), len(b)) < 2 and not len(a) == len(b) == 1:
         return "—"
     form = "+.1f" if percent else "+.4f"
     unit = 100 / (b if shared else b.mean()) if percent else 1
