@@ -101,7 +101,7 @@ def plan(run, place, machine):
         lines += [f"memory: {(fixed + row * micro_rows) / 1e9:.1f} GB of {place.memory / 1e9:.0f}"]
     disk, padding = 24 * n["N_total"] / 1e9, 1 - (text + image) / shape.context
     lines += [f"disk: {disk:.2f} GB for ckpt.pt and trunk.pt, half more while one is written",
-              f"padding: {padding:.1%} of the positions",
+              f"padding: {padding:.1%} of the positions" + ", without --data" * no_data,
               *(line_of(kind, share, run, loader) for kind, share in loader.shares.items()),
               *(f"note: {note}" for note in train.notes(run, place.memory, loader))]
     return lines, seconds, disk
