@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -324,6 +325,35 @@ def test_curves_go_to_a_board_once_and_whole(tmp_path):
         file.write('ss": 2.0}\n')
     board.send(tmp_path, writers, seen, new_writer)
     assert sent[2:] == [("a", "loss", 2.0, 1)]
+
+
+@pytest.mark.parametrize("to", ["tensorboard", "wandb"])
+def test_a_board_gets_every_curve_with_its_step(to, tmp_path, monkeypatch):
+    """Fakes stand for the two packages, which need not be installed."""
+    sent = []
+
+    class Fake(ModuleType):
+        def init(self, **options):
+            return self
+
+        def define_metric(self, *names, **options):
+            pass
+
+        def log(self, values):
+            sent.append((*values.items(),))
+
+        def SummaryWriter(self, folder):
+            assert folder == tmp_path / "board" / "a"
+            return self
+
+        def add_scalar(self, key, value, step):
+            sent.append(((key, value), ("training step", step)))
+    for name in ("tensorboard", "torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, Fake(name))
+    (tmp_path / "a").mkdir()
+    write_rows(tmp_path / "a" / "log.jsonl", [{"step": 0, "loss": 5.0}, {"step": 1, "loss": 4.0}])
+    board.main([str(tmp_path), "--to", to])
+    assert sent == [(("loss", 5.0), ("training step", 0)), (("loss", 4.0), ("training step", 1))]
 
 
 def test_a_board_needs_a_run(tmp_path):
