@@ -350,9 +350,18 @@ def test_a_board_gets_every_curve_with_its_step(to, tmp_path, monkeypatch):
             sent.append(((key, value), ("training step", step)))
     for name in ("tensorboard", "torch.utils.tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, name, Fake(name))
-    (tmp_path / "a").mkdir()
-    write_rows(tmp_path / "a" / "log.jsonl", [{"step": 0, "loss": 5.0}, {"step": 1, "loss": 4.0}])
-    board.main([str(tmp_path), "--to", to])
+
+    def sleep(seconds):  # while it does, the run goes on; then comes Ctrl-C
+        if len(sent) == 2:
+            raise KeyboardInterrupt
+        with open(log, "a", encoding="utf-8") as file:
+            file.write('{"step": 1, "loss": 4.0}\n')
+    monkeypatch.setattr("time.sleep", sleep)
+    log = tmp_path / "a" / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"step": 0, "loss": 5.0}\n{"st\n', encoding="utf-8")  # the disk was full
+    with pytest.raises(KeyboardInterrupt):
+        board.main([str(tmp_path), "--to", to, "--follow"])
     assert sent == [(("loss", 5.0), ("training step", 0)), (("loss", 4.0), ("training step", 1))]
 
 
