@@ -40,7 +40,7 @@ def read(paths):
         for row in map(json_row, path.read_text("utf-8", "replace").splitlines()):
             if "run" in row:  # or the line is broken, as where a disk was full
                 study = row.setdefault("study", path.resolve().parent.name)
-                rows[path, study, row["run"], row.get("lr"), row.get("scored")] = row
+                rows[path, study, row["run"], row.get("scored")] = row
     check(rows, f"{', '.join(paths)}: no run has ended yet")
     for row in rows.values():
         if "mixture" in row:
