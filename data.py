@@ -394,7 +394,8 @@ def read_meta(root):
     check(path.is_file(),
           f"{path} does not exist: make it with `python -m tools.pack ... --out {root}`")
     try:
-        meta = json.loads(path.read_text("utf-8")) | {"contents": zlib.crc32(path.read_bytes())}
+        text = path.read_bytes()
+        meta = json.loads(text.decode("utf-8")) | {"contents": zlib.crc32(text)}
         meta["splits"], meta["vocab_size"] + 1, meta["image_size"] + 1  # or it is damaged
         if meta["tokenizer"].endswith(".tiktoken"):
             meta["tokenizer"] = str(Path(root) / meta["tokenizer"])

@@ -143,11 +143,13 @@ def make_runs(given):
     """{field: value} of the flags that were given -> Runs. A flag goes before the sizes of weights
     to start from, and these before the preset; what is left is derived or a default."""
     asked = config_of(TrainConfig, given)
+    data = given.get("data", DataConfig.data)
+    if data != DataConfig.data:  # a run is known by what is packed, wherever that lies
+        given = {**given, "contents": read_meta(data)["contents"]}
     # a preset's lr belongs to its own width, so default_lr derives it from the final width
     values = {**SIZES[asked.preset], "lr": 0.0, **sizes_of_weights(asked, given), **given}
     # presets have the paper's vocabulary; data whose tokenizer has more ids than that get theirs
-    words = vocab_size(given.get("data", DataConfig.data))
-    values["vocab_size"] = max(values.get("vocab_size", 0), words)
+    values["vocab_size"] = max(values.get("vocab_size", 0), vocab_size(data))
     runs = [make_run({**values, "tokens": tokens}, given)
             for tokens in dict.fromkeys(asked.tokens.split(","))]
     runs = sorted(runs, key=lambda run: run.steps)
@@ -194,8 +196,7 @@ def sizes_of_weights(asked, given):
         return {}
     known, theirs = read_checkpoint(path, lambda saved: (
         saved["config"]["model"], saved["config"].get("data", {}).get("tokenizer_hash")))
-    packed = given.get("data", DataConfig.data) != DataConfig.data
-    check(not packed or theirs in (None, read_meta(given["data"])["tokenizer_hash"]),
+    check("contents" not in given or theirs in (None, read_meta(given["data"])["tokenizer_hash"]),
           f"{path} reads ids of another tokenizer than {given.get('data')}: pack that anew")
     heads = split_heads(known["width"], known["heads"])
     check("heads" not in given or split_heads(known["width"], given["heads"]) == heads,
@@ -237,8 +238,6 @@ def run_name(model, train, given):
     hash of its code, too, so that an edit of the code is never answered with the old numbers."""
     shown = ("fusion", "moe", "width", "depth", "tokens", "seed", "mixture")
     rest = {k: v for k, v in sorted(given.items()) if k not in shown + HOW}
-    if given.get("data", DataConfig.data) != DataConfig.data:  # what is packed, wherever it lies
-        rest["data"] = read_meta(given["data"])["contents"]
     words = (model.fusion, model.moe.replace("none", ""), train.preset.replace("laptop", ""),
              f"w{model.width}", f"d{model.depth}", train.tokens, f"s{train.seed}",
              given.get("mixture"), f"{zlib.crc32(json.dumps(rest).encode()):08x}" if rest else "")

@@ -1,7 +1,6 @@
 """The benchmark counts what is executed, compares with an equal, and runs. Nothing is timed."""
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from data import Shards
 from helpers import make_batch, tiny
 from model import Model
+from test_fit_laws import FITS
 from tools import bench_fit
 from tools.bench import (GPU_STEP, MARKS, SIZES, Bench, Stock, config_of, main, make_batches,
                          repeated, step, step_flops, trainee)
 from tools.bench_parts import parts
 from train import Machine
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.mark.parametrize("changes, bookkeeping", [
@@ -77,7 +75,7 @@ def test_every_mark_runs_those_of_a_gpu_too(function, tmp_path, monkeypatch):
 def test_the_fit_is_measured_beside_the_usual_call(monkeypatch, capsys):
     few = partial(bench_fit.measure, starts=1, resamples=1)
     monkeypatch.setattr(bench_fit, "measure", few)
-    bench_fit.main([str(SHARED / "fits")])
+    bench_fit.main([str(FITS)])
     usual = capsys.readouterr().out.splitlines()[3].split("|")[3]  # of F above the least known
     assert float(usual.split()[0]) > 1e-6
 

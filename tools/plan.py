@@ -80,10 +80,10 @@ def plan(run, place, machine):
     """Lines for a person, seconds of training, GB on disk. place: Cards, or the machine itself,
     whose speed is then measured."""
     cfg, shape, D = run.train, run.model, run.steps * run.train.tokens_per_step
-    loader = Loader(run.data, cfg.seed, shape.context, shape.image_size, shape.patch_size)
     paper = cfg.preset in PRESETS
     check(place is not machine or place.memory or not paper, f"--preset {cfg.preset} is a size for "
           "GPUs: name those to plan for, as --gpus 8xh100x0.4")
+    loader = Loader(run.data, cfg.seed, shape.context, shape.image_size, shape.patch_size)
     no_data = paper and run.data.data == "procedural"
     text, image = published_positions(run, loader) if no_data else mean_positions(loader)
     model, (micro_rows, times) = on_meta(shape), train.divide_step(run, place)
