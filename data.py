@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from world import KINDS, QUESTIONS, Answer, Question, World
 
 PRETRAINING = KINDS[:3]  # the paper's three: its loss is the mean over them (section 1.1)
-FINETUNING = ("conversation",)  # a mixture that has some of these is validated on these alone
 IMAGE = -1  # stands for one whole image in Document.tokens; a row expands it to P patches
 READ = -2   # READ - id stands for a token that is only read and never predicted (a question)
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -222,8 +221,7 @@ def collate(rows, patch_size):
     images = [patchify(image, patch_size) for row in rows for image in row.images]
     patch = np.stack([row.patch for row in rows])
     patch[patch >= 0] = np.arange((patch >= 0).sum())  # images are whole, and in order
-    if not images:
-        images = [np.zeros((rows[0].n_patches, 3 * patch_size**2), np.uint8)]
+    images = images or [np.zeros((rows[0].n_patches, 3 * patch_size**2), np.uint8)]
     targets = np.stack([row.target for row in rows])
     index = np.flatnonzero(targets >= 0)
     arrays = {
@@ -243,15 +241,15 @@ def collate(rows, patch_size):
 class Procedural:
     """Rows of the procedural world. There is no end to them, so no epoch is ever repeated."""
 
-    def __init__(self, cfg, seed, context, image_size, n_patches):
+    def __init__(self, cfg, seed, shape):
         self.cfg, self.seed = cfg, seed
         self.knows_floor, self.known_by = True, {"tokenizer": "bytes"}
-        self.world, self.encoding, self.stored_size = World(image_size), get_tokenizer(), image_size
+        self.world, self.stored_size = World(shape.image_size), shape.image_size
+        kinds = [kind for kind in KINDS if hasattr(World, kind)]
+        self.kinds = {"train": kinds, "val": kinds}
         self.validated_as = {"conversation": QUESTIONS}  # a loss for each kind of question
-        self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
-
-    def kinds(self, split):
-        return [kind for kind in KINDS if hasattr(self.world, kind)]
+        self.encoding = get_tokenizer()
+        self.new_row = partial(Row, shape.context, shape.n_patches, self.encoding.eot_token)
 
     def document(self, kind, rng, split="train"):
         parts, costs = self.world.document(kind, rng, split)
@@ -288,19 +286,16 @@ class Procedural:
 class Packed:
     """Rows of a folder that tools.pack wrote: whole epochs, each in an order of its own."""
 
-    def __init__(self, cfg, seed, context, image_size, n_patches):
-        self.cfg, self.seed, self.image_size = cfg, seed, image_size
-        self.context, self.n_patches = context, n_patches
+    def __init__(self, cfg, seed, shape):
+        self.cfg, self.seed, self.shape = cfg, seed, shape
         self.knows_floor, self.validated_as = False, {}
         self.shards = {split: Shards(cfg.data, split) for split in ("train", "val")}
+        self.kinds = {split: shards.kinds for split, shards in self.shards.items()}
         self.encoding = self.shards["train"].encoding
-        self.new_row = partial(Row, context, n_patches, self.encoding.eot_token)
+        self.new_row = partial(Row, shape.context, shape.n_patches, self.encoding.eot_token)
         meta = self.shards["train"].meta
         self.stored_size = meta["image_size"]
         self.known_by = {x: meta.get(x) for x in ("tokenizer", "tokenizer_hash", "contents")}
-
-    def kinds(self, split):
-        return self.shards[split].kinds
 
     def row(self, kind, n):
         epoch, place = divmod(n, self.plan(kind, "train").n_rows)
@@ -326,16 +321,16 @@ class Packed:
     def fill(self, kind, split, place, **crops):
         """Row `place` of a plan."""
         row = self.new_row()
-        shards, size = self.shards[split], self.image_size
+        shards, size = self.shards[split], self.shape.image_size
         for i, start, stop in self.plan(kind, split).row(place):
             row.add(shards.document(kind, i, size, start, stop, **crops))
         return row
 
     @lru_cache(maxsize=8)
     def plan(self, kind, split):
-        check(kind in self.kinds(split),
+        check(kind in self.kinds[split],
               f"{self.cfg.data} has no {kind} documents in its split {split}")
-        return Plan(self.shards[split], kind, self.context, self.n_patches)
+        return Plan(self.shards[split], kind, self.shape.context, self.shape.n_patches)
 
 
 class Plan:
@@ -511,28 +506,23 @@ class Loader:
     out to ranks and micro-batches. So a run resumes at any step without any saved state, and the
     global batch is the same for any number of ranks and any accumulation."""
 
-    def __init__(self, cfg, seed, context, image_size, patch_size):
-        self.cfg, self.seed, self.patch_size = cfg, seed, patch_size
-        source = Procedural if cfg.data == "procedural" else Packed
-        n_patches = (image_size // patch_size) ** 2
-        self.source = source(cfg, seed, context, image_size, n_patches)
+    def __init__(self, cfg, seed, shape):
+        self.cfg, self.seed, self.patch_size = cfg, seed, shape.patch_size
+        self.source = (Procedural if cfg.data == "procedural" else Packed)(cfg, seed, shape)
         self.shares, self.encoding = cfg.shares, self.source.encoding
-        there = self.source.kinds("train")
+        there = self.source.kinds["train"]
         missing = [kind for kind in self.shares if kind not in there]
         check(not missing, f"--mixture {cfg.mixture}: {cfg.data} has only {', '.join(there)}; give "
               f"{' and '.join(missing)} 0")
-        self.val_kinds()  # ends the program if there are none
-
-    def val_kinds(self):
-        """The names under which losses are reported (`loss` is their mean): the paper's three kinds
-        whatever the mixture, with others that it has; but of a mixture for finetuning, only the
-        kinds it finetunes on."""
-        finetuned = [kind for kind in self.shares if kind in FINETUNING]
-        wanted = finetuned or [k for k in KINDS if k in PRETRAINING or k in self.shares]
-        kinds = [kind for kind in wanted if kind in self.source.kinds("val")]
-        check(kinds, f"{self.cfg.data} has no {' or '.join(wanted)} documents in its split val: "
+        # The names under which losses are reported (`loss` is their mean): the paper's three kinds
+        # whatever the mixture, with others that it has; but of a mixture for finetuning, which has
+        # conversations, these alone.
+        wanted = [k for k in KINDS if k in PRETRAINING or k in self.shares]
+        wanted = ["conversation"] if "conversation" in self.shares else wanted
+        kinds = [kind for kind in wanted if kind in self.source.kinds["val"]]
+        check(kinds, f"{cfg.data} has no {' or '.join(wanted)} documents in its split val: "
               "pack some with --split val, or with a larger --val-fraction")
-        return [name for kind in kinds for name in self.source.validated_as.get(kind, [kind])]
+        self.val_kinds = [x for kind in kinds for x in self.source.validated_as.get(kind, [kind])]
 
     def epochs(self, n_rows):
         """{kind: how often the first n_rows rows of training read all its data}"""

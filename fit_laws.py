@@ -266,23 +266,18 @@ def derive(coef):
         return dict(zip(NAMES, [*np.exp(logs), alpha, beta]), a=a, b=1 - a, d=d)
 
 
-def hull(x, y):
-    """Rows on the falling lower convex hull of points (n,), from left to right (C.3)."""
-    at = np.lexsort((y, x))[0]
-    while True:
-        yield at
-        right = np.flatnonzero(x > x[at])  # go where the line falls most steeply
-        slope = (y[right] - y[at]) / (x[right] - x[at])
-        if slope.min(initial=0) == 0:
-            return
-        at = right[slope.argmin()]
-
-
 def envelope(C, L, cut):
     """c of the frontier L ~ C^c from `cut` FLOPs on; NaN where it has one point.
-    As in the paper, a line along the hull at 200 values of C in equal steps, which decide c."""
+    As in the paper (C.3), a line along the hull at 200 values of C in equal steps, which decide c.
+    """
     x, y = np.log(C), np.log(L)
-    rows = list(hull(x, y))
+    rows = [np.lexsort((y, x))[0]]  # the falling lower convex hull, from left to right
+    while True:
+        right = np.flatnonzero(x > x[rows[-1]])  # go where the line falls most steeply
+        slope = (y[right] - y[rows[-1]]) / (x[right] - x[rows[-1]])
+        if slope.min(initial=0) == 0:
+            break
+        rows.append(right[slope.argmin()])
     first, last = max(cut, C[rows[0]]), C[rows[-1]]
     if last < first * (1 + 1e-9):
         return np.nan

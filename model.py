@@ -29,7 +29,7 @@ class ModelConfig:
     experts: int = 8  # experts of a learned MoE layer
     top_k: int = 1  # experts a token goes to
     granularity: int = 1  # learned MoE: each expert's hidden size is the dense one divided by this
-    width: int = 64  # of the decoder; laptop 48
+    width: int = 48  # of the decoder
     depth: int = 4  # blocks of the decoder
     heads: int = 0  # attention heads; 0: a head dim near 64
     context: int = 128  # positions of a row, text tokens and patches
@@ -51,7 +51,7 @@ class ModelConfig:
     def __post_init__(self):
         def check(holds, message):
             if not holds:
-                raise ValueError(message)
+                raise SystemExit(message)
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.default == 0 else 1
@@ -157,16 +157,6 @@ def block_mask_maker(compiled):
     return torch.compile(create_block_mask) if compiled else create_block_mask
 
 
-def attend(q, k, v, mask):
-    """q, k, v (B,H,T,Hd) -> (B,H,T,Hd). mask: (B,1,T,T) bool, or to be added to the logits, or a
-    BlockMask, or None = everyone may look at everything."""
-    q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE gave fp32
-    if mask is None or isinstance(mask, torch.Tensor):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    from torch.nn.attention.flex_attention import flex_attention
-    return flex_attention(q, k, v, block_mask=mask)
-
-
 def rope_table(length, head_dim):
     """(T,Hd/2,2) float32: cos and sin of position * 10000^(-2j/Hd)."""
     rates = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)                  # (Hd/2,)
@@ -199,7 +189,7 @@ class Linear(nn.Linear):
 
 class Norm(nn.LayerNorm):  # as in DCLM; F.rms_norm is 3 to 4 times slower on a CPU without compiler
     def __init__(self, width):
-        super().__init__(width, eps=1e-5, bias=False)
+        super().__init__(width, bias=False)
 
     def forward(self, x):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), None, self.eps)
@@ -222,7 +212,9 @@ class Attention(nn.Module):
         self.out = Linear(width, width, layer)
 
     def forward(self, x, mask, rope, cache=None):
-        """x (B,T,W) -> (B,T,W). cache: a list, at first empty, of this layer's keys and values."""
+        """x (B,T,W) -> (B,T,W). mask: (B,1,T,T) bool, or to be added to the logits, or a BlockMask,
+        or None = everyone may look at everything. cache: a list, at first empty, of this layer's
+        keys and values."""
         # QK-norm over the full width, before it is split into heads (DCLM), bounds the logits
         q = self.q_norm(self.q(x)).unflatten(-1, self.heads)                     # (B,T,H,Hd)
         k = self.k_norm(self.k(x)).unflatten(-1, self.heads)
@@ -234,7 +226,12 @@ class Attention(nn.Module):
             if cache:
                 k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
             cache[:] = k, v
-        y = attend(q, k, v, mask)                                                # (B,H,T,Hd)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # RoPE gave fp32
+        if mask is None or isinstance(mask, torch.Tensor):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)          # (B,H,T,Hd)
+        else:
+            from torch.nn.attention.flex_attention import flex_attention
+            y = flex_attention(q, k, v, block_mask=mask)                         # (B,H,T,Hd)
         return self.out(y.transpose(1, 2).flatten(-2))                           # (B,T,W)
 
 
@@ -340,7 +337,7 @@ class Model(nn.Module):
         return torch.where((at >= 0)[..., None], patches, tokens)
 
     def build_mask(self, batch, dense):
-        """The mask for `attend`, built once a step for all layers."""
+        """The mask for Attention, built once a step for all layers."""
         doc, image_id = batch["doc"], batch["patch_index"] // self.cfg.n_patches  # -1 stays -1
         if self.flex and not dense:
             return block_mask(doc, image_id)
@@ -417,7 +414,7 @@ def training_memory(cfg, ranks=1, shard=False):
     total, words = model.num_params()["N_total"], cfg.vocab_size * width
     block = sum(p.numel() for p in model.blocks[0].parameters())
     fixed = 16 * total / ranks + 8 * (2 * words + 2 * block) if shard else 18 * total
-    fixed += 14 * 2 ** 27 + 6 * words
+    fixed += 14 * 2 ** 27 + 12 * words
     ffn = 6 * cfg.hidden * (cfg.top_k / cfg.granularity if cfg.moe == "learned" else 1)
     layer = 24 * width + ffn + (8 * cfg.top_k * width if cfg.moe != "none" else 0)
     vision = 0.75 * 40 * cfg.encoder_width * cfg.encoder_depth if cfg.fusion == "late" else 0
@@ -436,69 +433,37 @@ def gather(table, index):
 
 def head_loss(x, weight, targets, max_logits=2 ** 27):
     """x (K,W), weight (V,W), targets (K,) int64 -> sum () and losses (K,), detached, float32 nats.
-    Above K * V = max_logits it works in chunks."""
-    rows = max(1, max_logits // weight.shape[0])
-    if len(x) > rows:
-        return ChunkedHead.apply(x, weight, targets, rows, torch.is_grad_enabled())
-    logits = F.linear(x, weight.to(x.dtype)).float()                             # (K,V)
-    losses = F.cross_entropy(logits, targets, reduction="none")
+    Above K * V = max_logits it works in chunks, whose logits the backward pass computes again: at
+    V = 50432, logits, softmax and gradient would be the largest tensors of a micro-batch."""
+    weight = weight.float()  # FSDP's is bf16, in which a sum of 64 chunks was wrong by 1 %
+    rows = max(1, max_logits // len(weight))
+
+    def losses_of(x, targets):
+        logits = F.linear(x, weight.to(x.dtype)).float()                         # (rows,V)
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    if len(x) <= rows:
+        losses = losses_of(x, targets)
+    else:
+        losses = torch.cat([checkpoint(losses_of, *chunk, use_reentrant=False)
+                            for chunk in zip(x.split(rows), targets.split(rows))])
     return losses.sum(), losses.detach()
 
 
-class ChunkedHead(torch.autograd.Function):
-    """head_loss, `rows` targets at a time. Otherwise, at V = 50432, logits, softmax and gradient
-    would be the largest tensors of a micro-batch. The gradients are computed in the forward pass,
-    while the logits are there, and the weight's are summed in fp32: a sum of 64 chunks in bf16 was
-    wrong by 1 % (measured)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, rows, training):
-        w, losses, grad_x = weight.to(x.dtype), [], torch.empty_like(x)
-        grad_w = torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, len(x), rows):
-            part, target = x[start:start + rows], targets[start:start + rows]
-            logits = F.linear(part, w).float()                                   # (rows,V)
-            losses.append(F.cross_entropy(logits, target, reduction="none"))
-            if not training:
-                continue
-            grad = logits.softmax(-1)
-            grad[torch.arange(len(part), device=x.device), target] -= 1
-            grad = grad.to(x.dtype)                                              # (rows,V)
-            grad_x[start:start + rows] = grad @ w
-            grad_w += grad.T @ part
-        ctx.save_for_backward(grad_x, grad_w)
-        losses = torch.cat(losses)
-        ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad * grad_x, grad * grad_w, None, None, None
-
-
 @torch.inference_mode()  # a sixth faster than no_grad for a small model
-def generate(model, parts, max_new_tokens, temperature=0.0, top_k=0, seed=0, stop=None,
-             n_vocab=None):
+def generate(model, parts, max_new_tokens, stop=None, n_vocab=None, choose=torch.argmax):
     """Continues a prompt with a KV cache -> the new ids, which end before the id `stop`, or where
     the context ends. parts: lists of ids and images in any order, an image as uint8 (P,patch_dim).
-    temperature 0 takes the likeliest token, otherwise one is drawn, of the top_k likeliest if it is
-    given. Ids from n_vocab on only pad the vocabulary and are never chosen."""
+    choose: logits (V,) -> an id. Ids from n_vocab on only pad the vocabulary and are left out."""
     batch = prompt_batch(parts, model.cfg, model.rope.device)
     length, context = batch["tokens"].shape[1], model.cfg.context
     if not 0 < length < context:
         raise ValueError(f"the prompt has {length} tokens and patches: give 1 to {context - 1}")
-    generator = torch.Generator().manual_seed(seed)
     caches, ids = [[] for _ in model.blocks], []
     for end in range(length, min(length + max_new_tokens, context)):
         x, _ = model.decode(batch, caches, end - batch["tokens"].shape[1])       # (1,T,W)
         logits = model.head(x[0, -1]).float().cpu()[:n_vocab]                    # (V,)
-        token = int(logits.argmax())
-        if temperature:  # drawn on the CPU, where a seed means the same on every machine
-            least = logits.sort().values[-min(top_k, len(logits))]  # of all, if it is 0
-            logits = logits.masked_fill(logits < least, -math.inf)
-            probs = (logits / temperature).softmax(-1)                           # (V,)
-            token = int(torch.multinomial(probs, 1, generator=generator))
+        token = int(choose(logits))
         if token == stop:
             break
         ids.append(token)
@@ -519,12 +484,6 @@ def prompt_batch(parts, cfg, device):
     if images:
         batch["images"] = torch.stack(images).to(device)                         # (I,P,patch_dim)
     return batch
-
-
-def read_weights(source):
-    """Weights to start from (paper 3.3) -> fields of ModelConfig (dict; from a run all of them,
-    from a file of tools.convert the sizes) and weights (parameter name -> tensor on the CPU)."""
-    return read_checkpoint(source, lambda ckpt: (ckpt["config"]["model"], ckpt["model"]))
 
 
 def read_checkpoint(source, take):
@@ -554,7 +513,7 @@ def read_checkpoint(source, take):
 def adopt(model, weights, part, source):
     """Copies weights (name -> tensor) into a part of the model: "vision", the parameters that start
     with "vision.", or "decoder", all others. The program ends before anything is copied where a
-    name or shape differs. The number of heads shows in no shape: take it from read_weights."""
+    name or shape differs. The number of heads shows in no shape: take it from the config."""
     def shapes(tensors):
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()
                 if name.startswith("vision.") == (part == "vision")}

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -45,13 +46,12 @@ from tqdm import tqdm
 
 from data import DataConfig, Loader, check, patchify, read_meta, vocab_size
 from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_checkpoint,
-                   read_weights, split_heads, training_memory)
+                   split_heads, training_memory)
 
 # Fields that say how or where a run is computed, not what: they are no part of its identity.
 HOW = ("out", "data", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device",
        "compile", "attention", "experts_by", "shard", "workers", "checkpointing")
-SIZES = {**PRESETS, "laptop": dict(width=48, depth=4, context=128, image_size=32, patch_size=8,
-                                   tokens_per_step=512, vision_lr=1.0)}
+SIZES = {**PRESETS, "laptop": dict(tokens_per_step=512, vision_lr=1.0)}
 # Published dense bf16 FLOP/s and memory in bytes, to tell MFU and to plan.
 CARDS = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
 source_of = functools.cache(inspect.getsource)  # 50 ms that each job of a sweep would pay
@@ -115,11 +115,6 @@ class Run:
     branch: int  # first step of the cooldown: up to here, the run is the trunk of longer ones
     name: str
 
-    def identity(self):
-        """What decides the numbers, tokens left out: runs that agree in it share a trunk."""
-        values = asdict(self.model) | asdict(self.data) | asdict(self.train)
-        return {k: v for k, v in values.items() if k not in HOW}
-
     folder = property(lambda self: Path(self.train.out) / self.name)
 
 
@@ -182,10 +177,7 @@ def make_run(values, given):
 
 def config_of(kind, values):
     """A config of this kind from those of the values that are its fields."""
-    try:
-        return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
-    except ValueError as error:  # ModelConfig checks itself; say it without a traceback
-        raise SystemExit(f"train.py: {error}") from None
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
 
 
 def sizes_of_weights(asked, given):
@@ -225,10 +217,8 @@ def default_lr(model, preset):
 def paper_warmup(steps, moe):
     """Section 4.1: 1000 steps for runs of up to 4000, 2500 up to 15000, else 5000; for MoE 2500
     up to 20000. Half of the run where that is longer than all of it: ours, for small budgets."""
-    if moe:
-        warmup = 2500 if steps < 20000 else 5000
-    else:
-        warmup = 1000 if steps <= 4000 else 2500 if steps <= 15000 else 5000
+    limits = ((19999, 2500),) if moe else ((4000, 1000), (15000, 2500))
+    warmup = next((warmup for most, warmup in limits if steps <= most), 5000)
     return warmup if warmup <= steps else max(1, steps // 2)
 
 
@@ -306,8 +296,14 @@ class Machine:
     """Where this process runs. rank and ranks are torchrun's, 0 and 1 without it."""
 
     device: torch.device
-    rank: int
-    ranks: int
+    rank: int = 0
+    ranks: int = 1
+    name: str = ""
+    memory: float = 0  # bytes of the GPU; 0 on a CPU, where the micro-batch does not depend on it
+    peak: float = 0  # FLOP/s that MFU is a share of; 0 where nobody published them
+    dtype: torch.dtype = torch.float32  # of activations; most CPUs emulate bf16, 7 times slower
+
+    is_cuda = property(lambda self: self.device.type == "cuda")
 
     @staticmethod
     def start(name):
@@ -319,32 +315,21 @@ class Machine:
               f"--device {name}: torch sees none here; need auto or {' or '.join(usable)}")
         if name == "cuda":
             name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        if name.startswith("cuda"):
-            torch.cuda.set_device(name)
+        machine = Machine(torch.device(name), int(os.environ.get("RANK", "0")),
+                          int(os.environ.get("WORLD_SIZE", "1")),
+                          f"{name.split(':')[0]} x{torch.get_num_threads()} threads")
+        if machine.is_cuda:
+            torch.cuda.set_device(machine.device)
+            card = torch.cuda.get_device_properties(machine.device)
+            peak = next((peak for known, (peak, _) in CARDS.items() if known in card.name), 0)
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            machine = replace(machine, name=card.name, memory=card.total_memory, peak=peak,
+                              dtype=torch.bfloat16 if bf16 else torch.float32)
         if "RANK" in os.environ:
             # two hours, because rank 0 alone reads and writes checkpoints, of up to 100 GB
-            dist.init_process_group("nccl" if name.startswith("cuda") else "gloo",
+            dist.init_process_group("nccl" if machine.is_cuda else "gloo",
                                     timeout=timedelta(hours=2))
-        return Machine(torch.device(name), int(os.environ.get("RANK", "0")),
-                       int(os.environ.get("WORLD_SIZE", "1")))
-
-    is_cuda = property(lambda self: self.device.type == "cuda")
-
-    @property
-    def dtype(self):
-        """Of activations. bf16 is emulated, and 7 times slower than fp32, on most CPUs."""
-        fast = self.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-
-    @property
-    def peak(self):
-        """FLOP/s that MFU is a share of; 0 where nobody published them."""
-        return next((peak for card, (peak, _) in CARDS.items() if card in self.name), 0)
-
-    @property
-    def memory(self):
-        """Bytes of the GPU; 0 on a CPU, where the micro-batch does not depend on it."""
-        return torch.cuda.get_device_properties(self.device).total_memory if self.is_cuda else 0
+        return machine
 
     def sum(self, tensor):
         """Sum over ranks."""
@@ -364,12 +349,6 @@ class Machine:
         """Prints a line once, not once for each rank."""
         if self.rank == 0:
             print(text, flush=True)  # otherwise a pipe would hold it back
-
-    @property
-    def name(self):
-        if self.is_cuda:
-            return torch.cuda.get_device_name(self.device)
-        return f"{self.device.type} x{torch.get_num_threads()} threads"
 
 
 def make_folder(out):
@@ -434,16 +413,6 @@ def result_of(run, done):
     return row if row and row.get("warmup", run.train.warmup) == run.train.warmup else None
 
 
-def kept_log(path, steps):
-    """The lines of the first steps; what came later is done again. SystemExit where one is gone."""
-    lines = path.read_text("utf-8", "replace").splitlines(True)[:steps] if path.exists() else []
-    whole = len(lines) == steps and all(
-        line.startswith(f'{{"step": {i}, ') for i, line in enumerate(lines))
-    check(whole, f"{path} does not hold the {steps} steps of the checkpoint beside it: delete the "
-          "folder, and the same command trains it from its start")
-    return "".join(lines)
-
-
 def append_result(out, row):
     """One more line in OUT/results.jsonl. It is written at once, so that the lines of several
     processes do not mix; a partial last line, which a full disk leaves, is ended first."""
@@ -480,8 +449,7 @@ class Trainer:
                 module.loop = run.train.experts_by == "loop"
         self.forward = distribute(self.model, run.train.shard, machine)
         self.optimizer = make_optimizer(self.model, run.train, machine)  # of what sharding leaves
-        self.loader = Loader(run.data, run.train.seed, run.model.context, run.model.image_size,
-                             run.model.patch_size)
+        self.loader = Loader(run.data, run.train.seed, run.model)
         data = asdict(run.data) | self.loader.source.known_by
         self.config = {"model": asdict(run.model), "train": asdict(run.train), "data": data,
                        "made": {"code": code_version()}}
@@ -536,16 +504,15 @@ class Trainer:
             with open(self.run.folder / "speed.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": line["step"], **speed}) + "\n")
         self.clock = time.perf_counter()  # so that evaluations do not count as training
-        shown = {"padding": speed["padding"], "mfu": speed.get("mfu"),
-                 "val": self.val.get("val_loss")}
-        return {name: value for name, value in shown.items() if value is not None}
+        shown = {**speed, **self.val}
+        return {name: shown[name] for name in ("padding", "mfu", "val_loss") if name in shown}
 
     def speed(self):
         """What the machine makes of the run so far; MFU counts the paper's 6 N D FLOPs."""
         stats, tokens = self.stats, self.run.train.tokens_per_step
         seen, rate = self.step * tokens, stats["timed"] * tokens / max(stats["spent"], 1e-9)
         found = {"wall_s": round(stats["spent"], 3), "tok_per_s": round(rate, 1),
-                 "padding": round(stats["padding"] / max(seen, 1), 4)}
+                 "padding": round(stats["padding"] / seen, 4)}
         if self.machine.peak:
             flops = (self.flops[0] + self.flops[1] * stats["D_vision"] / seen) * rate
             found["mfu"] = round(flops / self.machine.ranks / self.machine.peak, 4)
@@ -561,20 +528,19 @@ class Trainer:
         state = {"model": weights, "optimizer": moments, "step": self.step, "stats": self.stats,
                  "config": self.config}
         if self.machine.rank == 0:
-            with open(self.run.folder / "log.jsonl", "rb+") as file:
-                os.fsync(file.fileno())  # first, so that it covers every step of the checkpoint
+            state["log"] = (self.run.folder / "log.jsonl").read_text("utf-8", "replace")
             write_whole(self.run.folder / name, functools.partial(torch.save, state))
         if self.machine.ranks > 1:  # torchrun would end rank 0 while it writes, were another gone
             dist.barrier()
 
     def restore(self, path):
-        """Takes over the state of a checkpoint and the log beside it. They may belong to another
-        budget, because the first steps of the trunk are this run's too. Only rank 0 reads, because
-        other machines need not have the file."""
+        """Takes over the state of a checkpoint and the log in it. They may be of another budget,
+        because the first steps of the trunk are this run's too. Only rank 0 reads, because other
+        machines need not have the file."""
         weights, moments = {}, {}
         if self.machine.rank == 0:
-            parts = ("model", "optimizer", "step", "stats", "config")
-            weights, moments, self.step, self.stats, config = read_checkpoint(
+            parts = ("model", "optimizer", "step", "stats", "config", "log")
+            weights, moments, self.step, self.stats, config, log = read_checkpoint(
                 path, lambda saved: [saved[part] for part in parts])
             with zipfile.ZipFile(path) as file:  # torch.load would not notice a flipped bit
                 damaged = file.testzip()
@@ -583,8 +549,7 @@ class Trainer:
             changed = self.changed(config)
             check(not changed, f"{path} was trained with another {changed}; choose another --out, "
                   "or delete it")
-            kept = kept_log(path.with_name("log.jsonl"), self.step)
-            write_whole(self.run.folder / "log.jsonl", lambda path: path.write_text(kept, "utf-8"))
+            (self.run.folder / "log.jsonl").write_text(log, "utf-8")
         self.step, self.stats = self.machine.share((self.step, self.stats))
         options = StateDictOptions(full_state_dict=True,
                                    broadcast_from_rank0=self.machine.ranks > 1)
@@ -592,10 +557,11 @@ class Trainer:
         set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
 
     def changed(self, config):
-        """The names of what makes a checkpoint's config another run's than this one."""
+        """The names of what decides the numbers and differs in a checkpoint's config: where there
+        are none, runs share a trunk. (The path of a tokenizer moves with the data.)"""
         ours, theirs = ChainMap(*self.config.values()), ChainMap(*config.values())
-        return ", ".join(name for name in [*self.run.identity(), "code"]
-                         if ours[name] != theirs.get(name))
+        return ", ".join(name for name in ours if name not in (*HOW, "tokenizer")
+                         and ours[name] != theirs.get(name))
 
     def begin(self):
         """Starts from the run's own checkpoint, else from the longest trunk of another budget, else
@@ -625,7 +591,8 @@ class Trainer:
         """Takes over the weights that --init and --init-vision name. The vision part comes with the
         decoder only if both use the same fusion."""
         for part, path in self.run.train.sources().items():
-            known, weights = read_weights(path)
+            known, weights = read_checkpoint(
+                path, lambda saved: (saved["config"]["model"], saved["model"]))
             if part == "decoder" or known.get("fusion") == self.run.model.fusion:
                 adopt(self.model, weights, part, path)
                 self.machine.say(f"{self.run.name}: {part} from {path}")
@@ -720,7 +687,7 @@ def what_would_fit(run, machine):
 def evaluate(trainer):
     """{loss_caption, ..., loss, floor_caption, ...}: text cross-entropy in nats a token over the
     fixed validation rows of each kind, and the mean over kinds (section 1.1); a share a rank."""
-    machine, loader, kinds, result = trainer.machine, trainer.loader, trainer.loader.val_kinds(), {}
+    machine, loader, kinds, result = trainer.machine, trainer.loader, trainer.loader.val_kinds, {}
     names = ("loss", "floor") if loader.source.knows_floor else ("loss",)
     trainer.model.eval()
     for kind in kinds:
@@ -895,10 +862,10 @@ def result_row(trainer, status, losses):
     D, D_vision = trainer.step * run.train.tokens_per_step, trainer.stats["D_vision"]
     copied = ("fusion moe granularity width depth mixture data image_size patch_size context "
               "tokens_per_step lr vision_lr warmup seed init init_vision code")
-    experts = {"none": 1, "modality": 2, "learned": model.experts}[model.moe]
+    ffn = trainer.model.blocks[0].ffn
     return {
-        "run": run.name, **{name: settings[name] for name in copied.split()}, "n_experts": experts,
-        "top_k": model.top_k if model.moe == "learned" else 1,
+        "run": run.name, **{name: settings[name] for name in copied.split()},
+        "n_experts": ffn.experts, "top_k": ffn.top_k,
         "vision_width": model.encoder_width if n["N_vision"] else 0, **n,
         "D": D, "D_vision": D_vision, "C": trainer.model.flops(D, D_vision), **losses,
         "steps": run.steps, **trainer.speed(), "peak_mem_mb": peak_memory(machine),
@@ -942,7 +909,7 @@ def summary(row):
 def show_sample(trainer):
     """Prints what the data say of a held-out picture, and what the model says."""
     source, cfg, say = trainer.loader.source, trainer.run.model, trainer.machine.say
-    if "caption" not in trainer.loader.val_kinds():
+    if "caption" not in trainer.loader.val_kinds:
         return
     row, stop = source.val_row("caption", 0), source.encoding.eot_token
     image = torch.from_numpy(patchify(row.images[0], cfg.patch_size))  # (patches, patch_dim)
@@ -972,18 +939,15 @@ def train_one(run, machine):
     machine.say(summary(row))
     if status == "ok":
         show_sample(trainer)
-    alone = machine.ranks == 1  # several ranks only know what they agreed on in the last step
-    return not (trainer.stop.asked if alone else trainer.stopped)
+    return not machine.sum(torch.tensor(int(trainer.stop.asked)))  # of any rank
 
 
 def main(argv):
     """Trains what is not finished, first the shortest for its trunk. Returns the exit status."""
     if "--dry-run" in argv:  # a tool answers, because it trains nothing
-        words = [word for word in argv if word != "--dry-run"]
-        tool = [sys.executable, str(Path(__file__).with_name("tools") / "plan.py"), *words]
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
-        home = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        sys.exit(subprocess.run(tool, env=home).returncode)
+        sys.argv[1:] = [word for word in argv if word != "--dry-run"]
+        runpy.run_path(str(Path(__file__).with_name("tools") / "plan.py"), run_name="__main__")
+        return 0
     runs = parse_runs(argv)
     machine = Machine.start(runs[0].train.device)
     done = finished(runs[0].train.out, tell=machine.rank == 0)

@@ -12,7 +12,6 @@ import argparse
 import bisect
 import hashlib
 import random
-import signal
 
 import numpy as np
 
@@ -48,14 +47,14 @@ class Writer:
     """Collects the parts of a document and what each choice cost.
 
     Every random choice that the *text* reveals goes through `choose`, which charges -log p of what
-    was drawn to the next part that is said. Choices that an image has already shown are not charged
-    because the reader can see them. So the sum of the charges is -log p(text | images), exactly,
-    provided that two different choices never give the same text. Every sentence below keeps to
-    that."""
+    was drawn to the next part that is added. Choices that an image has already shown are not
+    charged because the reader can see them. So the sum of the charges is -log p(text | images),
+    exactly, provided that two different choices never give the same text. Every sentence below
+    keeps to that."""
 
     def __init__(self, rng):
-        self.rng, self.parts, self.costs = rng, [], []
-        self.pending = 0.0  # nats that the next part has to pay; at the end, the cost to stop
+        self.rng, self.parts = rng, []
+        self.costs = [0.0]  # nats of each part, and last of what comes next: at the end, to stop
 
     def choose(self, probabilities):
         """The index drawn from a list of probabilities. It is charged."""
@@ -66,15 +65,10 @@ class Writer:
         return i
 
     def charge(self, probability):
-        self.pending -= float(np.log(probability))
+        self.costs[-1] -= float(np.log(probability))
 
-    def say(self, text):
-        self.parts.append(text)
-        self.costs.append(self.pending)
-        self.pending = 0.0
-
-    def show(self, image):
-        self.parts.append(image)
+    def add(self, part):
+        self.parts.append(part)
         self.costs.append(0.0)
 
 
@@ -118,14 +112,14 @@ class World:
         images, and costs, a list of nats: what each part reveals, and last what it cost to stop."""
         writer = Writer(rng)
         getattr(self, kind)(writer, split)
-        return writer.parts, [*writer.costs, writer.pending]
+        return writer.parts, writer.costs
 
     # -- kinds of document -----------------------------------------------------------------------
 
     def caption(self, w, split):
         """One picture and what it shows in reading order, perhaps with a fact about one thing."""
         scene = self.scene(w.rng, split)
-        w.show(self.draw(scene, w.rng))
+        w.add(self.draw(scene, w.rng))
         self.describe(w, scene)
         return scene
 
@@ -135,13 +129,13 @@ class World:
         difference is an image, which is never a target; so not knowing the kind of document costs
         nothing, and the floor is the same for any mixture."""
         scene, who, deed = self.change(self.caption(w, split), w.rng, split)
-        w.show(self.draw(scene, w.rng))
-        w.say(f" {who} {deed}.")
+        w.add(self.draw(scene, w.rng))
+        w.add(f" {who} {deed}.")
 
     def text(self, w, split):
         """A walk from thing to thing, telling facts. A story belongs to a split by its words."""
         while not w.parts or not belongs(w.parts, split):
-            w.parts, w.costs, w.pending = [], [], 0.0
+            w.parts, w.costs = [], [0.0]
             self.story(w)
 
     def conversation(self, w, split):
@@ -208,24 +202,24 @@ class World:
         """"a red mivo, a green pelu; the pelu eats sodi." The mark says whether a fact follows, so
         that the end of a caption is no choice (see `interleaved`)."""
         for i, cell in enumerate(sorted(scene)):
-            w.say(f"{', ' if i else ''}a {self.noun(scene[cell])}")
+            w.add(f"{', ' if i else ''}a {self.noun(scene[cell])}")
         if w.choose([0.5, 0.5]):
-            return w.say(".")
+            return w.add(".")
         things = sorted({thing for thing, _ in scene.values()})
-        w.say("; the")
+        w.add("; the")
         thing = things[w.choose([1 / len(things)] * len(things))]
-        w.say(f" {self.names[thing]}")
+        w.add(f" {self.names[thing]}")
         self.say_fact(w, thing)
 
     def say_fact(self, w, thing):
         verb = w.choose([1 / len(VERBS)] * len(VERBS))
-        w.say(f" {VERBS[verb]}")
-        w.say(f" {self.values[self.facts[thing, verb]]}.")
+        w.add(f" {VERBS[verb]}")
+        w.add(f" {self.values[self.facts[thing, verb]]}.")
 
     def story(self, w):
         thing = self.thing(w.rng)
         w.charge(self.p[thing])
-        w.say(f"the {self.names[thing]}")
+        w.add(f"the {self.names[thing]}")
         for _ in range(3):  # a row of 128 holds every document whole
             self.say_fact(w, thing)
             act = w.choose([0.1, 0.65, 0.25])
@@ -235,17 +229,17 @@ class World:
                 known = int(self.friend[thing])
                 thing = known if w.rng.random() < 0.5 else self.thing(w.rng)
                 w.charge(0.5 * (thing == known) + 0.5 * self.p[thing])  # both lead to a friend
-                w.say(f" it met the {self.names[thing]}")
-            w.say(". it" if act == 2 else " it")
+                w.add(f" it met the {self.names[thing]}")
+            w.add(". it" if act == 2 else " it")
         self.say_fact(w, thing)
 
     # -- questions about pictures ----------------------------------------------------------------
 
     def ask(self, w, scenes, question, answer):
         for scene in scenes:
-            w.show(self.draw(scene, w.rng))
+            w.add(self.draw(scene, w.rng))
         for part in turn(question, answer):
-            w.say(part)
+            w.add(part)
 
     def colour(self, w, split):
         scene = self.scene(w.rng, split, distinct=True)  # or "the" would be unclear
@@ -297,6 +291,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # `| head` ends it without a traceback
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -1,13 +1,15 @@
 """Random batches in the loader's format (data.py), made without data.py: hermetic and tiny."""
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from model import Model, ModelConfig
+from model import Model, ModelConfig, read_checkpoint
 from train import code_version
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(width=32, depth=2, context=24, image_size=8, patch_size=4, vocab_size=37)  # P = 4
 
 
@@ -44,6 +46,11 @@ def save_run(folder, model, tokenizer="bytes"):
     config = {"model": dataclasses.asdict(model.cfg), "data": data,
               "made": {"code": code_version()}}
     torch.save({"model": model.state_dict(), "config": config}, folder / "ckpt.pt")
+
+
+def read_weights(source):
+    """-> fields of ModelConfig, weights of a checkpoint."""
+    return read_checkpoint(source, lambda saved: (saved["config"]["model"], saved["model"]))
 
 
 def write_rows(path, rows) -> str:

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +9,10 @@ import numpy as np
 import pytest
 
 import fit_laws as fl
-from helpers import one_line
+from helpers import ROOT, one_line
 from tools import fit_tables as ft
 from tools.bench_fit import read_table, runs_of
 
-ROOT = Path(__file__).resolve().parents[1]
 FITS = ROOT.parent / "shared" / "fits"
 shared = partial(read_table, FITS)
 EARLY = np.array([np.log(270), np.log(1857), np.log(1.904), 0.301, 0.335])  # PAPER 2.1, 2.3
@@ -90,10 +87,9 @@ def test_gradient_by_finite_differences():
     theta = problem.theta(EARLY) + 0.01 * np.array([1, -2, 0.5, 1, -1])
     weight = np.random.default_rng(1).integers(0, 3, len(problem.target)).astype(float)
     _, gradient = fl.objective(theta, problem, weight)
-    for j in range(5):
-        step = 1e-6 * np.eye(5)[j]
+    for slope, step in zip(gradient, 1e-6 * np.eye(5)):
         up, down = (fl.objective(theta + s * step, problem, weight)[0] for s in (1, -1))
-        assert gradient[j] == pytest.approx((up - down) / 2e-6, rel=1e-4, abs=1e-6)
+        assert slope == pytest.approx((up - down) / 2e-6, rel=1e-4, abs=1e-6)
 
 
 def test_units_do_not_matter():
@@ -214,8 +210,7 @@ def test_results_folder_end_to_end(tmp_path, capsys):
         assert group["budgets"][0]["ci"]["loss"][0] < group["budgets"][0]["loss"]
     gap = content["compare"]["loss at 1e+13"]
     assert gap["ci"][0] < gap["difference"] < gap["ci"][1] < 0
-    if "pip install matplotlib" not in text:
-        assert (folder / "laws.png").stat().st_size > 20_000
+    assert (folder / "laws.png").stat().st_size > 20_000
 
 
 def test_one_plot_holds_runs_frontiers_bands_sizes_and_the_floor(tmp_path, pages):
@@ -266,7 +261,6 @@ def test_chinchilla_from_the_command_line():
     group = found["groups"][0]
     assert group["name"] == "all" and group["n"] == 240 and "5 rows left out" in found["notes"][1]
     assert group["a"] == pytest.approx(0.513900, abs=1e-5)
-    assert group["a"] + group["b"] == pytest.approx(1)
     kept = run(table, "--where", "kept240=1", "--where", "C<1e21", "--bootstrap", 0)
     assert kept["groups"][0]["n"] == 217
 
@@ -356,11 +350,3 @@ def test_bad_paths_and_groups(tmp_path):
         run(folder, "--bootstrap", 0, "--compare", "early", "mid")
     with pytest.raises(SystemExit, match="cannot write"):
         run(folder, "--bootstrap", 0, "--out", folder / "results.jsonl")
-
-
-def test_script_helps_and_fails_with_one_line(tmp_path):
-    help_, bad = (subprocess.run([sys.executable, Path(fl.__file__), word], cwd=tmp_path,
-                                 capture_output=True, text=True, check=False)
-                  for word in ("--help", "none.csv"))
-    assert help_.returncode == 0 and "--group-by" in help_.stdout
-    assert bad.returncode != 0 and bad.stderr.count("\n") == 1 and "none.csv" in bad.stderr

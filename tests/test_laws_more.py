@@ -30,11 +30,9 @@ def isoflop_runs():
 
 
 def write_table(path, groups):
-    """A csv of all groups, each of which has its name as mixture."""
-    rows = [f"{float(N)!r},{float(D)!r},{float(L)!r},{runs.name}"
-            for runs in groups for N, D, L in zip(runs.N, runs.D, runs.L)]
-    path.write_text("\n".join(["N,D,loss,mixture", *rows]) + "\n", encoding="utf-8")
-    return str(path)
+    """All groups, each of which has its name as mixture."""
+    return write_rows(path, [{"N": N, "D": D, "loss": L, "mixture": runs.name}
+                             for runs in groups for N, D, L in zip(runs.N, runs.D, runs.L)])
 
 
 def test_tied_exponents_win_where_they_are_equal():
@@ -119,14 +117,14 @@ def test_plan_of_the_paper():
 
 
 def test_command_line_writes_everything(tmp_path, capsys):
-    table = write_table(tmp_path / "t.csv", mixtures(noise=0.002))
+    table = write_table(tmp_path / "t.jsonl", mixtures(noise=0.002))
     more.main([table, "--bootstrap", "5", "--json", str(tmp_path / "more.json")])
     found = json.loads((tmp_path / "more.json").read_text(encoding="utf-8"))
     assert [group["name"] for group in found["groups"]] == ["m0", "m1", "m2"]
     assert {"E", "ci", "tied", "sparse", "sensitivity", "profile"} <= found["groups"][0].keys()
     assert {*found["joint"]["all"]["groups"]} == {"m0", "m1", "m2"}
     assert "one alpha and beta" in capsys.readouterr().out
-    table = write_table(tmp_path / "i.csv", [isoflop_runs()])
+    table = write_table(tmp_path / "i.jsonl", [isoflop_runs()])
     group = more.main([table, "--bootstrap", "5"])["groups"][0]
     assert group["isoflop_budgets"] == 6 and len(group["ci"]["b_isoflop"]) == 2
 
@@ -143,7 +141,7 @@ def test_mistakes_end_in_one_line(tool, flags, named):
                                                (mixtures(noise=0.002), "5")])
 def test_figures(groups, resamples, tmp_path):
     flags = ["--bootstrap", resamples, "--out", str(tmp_path / "new")]
-    figures.main([write_table(tmp_path / "t.csv", groups), *flags])
+    figures.main([write_table(tmp_path / "t.jsonl", groups), *flags])
     for name in ("laws_more", "residuals"):
         assert (tmp_path / "new" / f"{name}.png").stat().st_size > 20_000
 

@@ -119,12 +119,6 @@ def test_router_is_fp32_among_bf16():
     assert y.dtype == torch.bfloat16 and y.isfinite().all() and stats.counts.sum() == 48
 
 
-def test_modality_routing_counts_each_at_its_expert():
-    m, (x, kind) = layer(routing="modality"), tokens()
-    counts = m(x, kind)[1].counts.tolist()
-    assert counts == [[(kind == 0).sum(), 0], [0, (kind == 1).sum()]]
-
-
 def test_balance_is_one_at_perfect_balance_and_e_at_collapse():
     for slots in (16.0, 32.0):  # top-1 and top-2 of the same tokens
         assert load_balancing_loss(torch.full((8,), slots), torch.full((8,), 1 / 8)).item() == 1

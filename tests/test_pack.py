@@ -12,7 +12,6 @@ import sys
 import tarfile
 import time
 import zlib
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -24,12 +23,12 @@ from PIL import Image, ImageFile
 import data
 import tools.pack
 from data import IMAGE, READ, DataConfig, Loader, Shards, crop_box, get_tokenizer
-from helpers import one_line
+from helpers import ROOT, one_line
+from model import ModelConfig
 from test_data import digest
 from tools.obelics import main as obelics_main
 from tools.pack import load_image, pack, read_source
 
-ROOT = Path(data.__file__).resolve().parent
 SHARED = ROOT.parent / "shared"
 VAL, ALT = SHARED / "data" / "val", SHARED / "data" / "alt_layouts"
 DAMAGED = "truncated or damaged file"
@@ -157,7 +156,8 @@ def test_packed_rows_are_the_recorded_ones(tmp_path):
     pack({"caption": [VAL / "captions"], "interleaved": [VAL / "interleaved"],
           "text": [VAL / "text"], "conversation": [ALT / "captions_llava_json" / "data.json"]},
          tmp_path, SHARED / "tokenizers/bpe4096.tiktoken", 64, val_fraction=0.1, workers=1)
-    source = Loader(DataConfig(str(tmp_path), "40-40-10-10", val_rows=64), 5, 256, 64, 16).source
+    source = Loader(DataConfig(str(tmp_path), "40-40-10-10", val_rows=64), 5,
+                    ModelConfig(context=256, image_size=64, patch_size=16)).source
     expected = {
         "caption": ("516ec5d0ddb4", "ffc4504214cf"), "text": ("37a64dbb716f", "08eea38a8d7a"),
         "interleaved": ("32280d59950d", "9dafd6e19767"),
@@ -285,7 +285,7 @@ def test_nothing_to_validate_on_is_said_before_training(tmp_path):
     pack(sources, tmp_path / "out", image_size=16, val_fraction=0.05, workers=1)
     assert Shards(tmp_path / "out", "val").kinds == ("text",)
     with pytest.raises(SystemExit, match="no conversation documents in its split val"):
-        Loader(DataConfig(str(tmp_path / "out"), "0-0-50-50"), 0, 128, 16, 8)
+        Loader(DataConfig(str(tmp_path / "out"), "0-0-50-50"), 0, ModelConfig(image_size=16))
 
 
 # ---- damage: counted, named, survived
@@ -328,8 +328,6 @@ def test_bad_interleaved_documents(tmp_path, capsys):
         "image count does not match": 1,
         "broken record (JSONDecodeError)": 1, "broken record (TypeError)": 3,
         "image is a URL (download it first)": 1, "no text": 1}
-    out = capsys.readouterr().out
-    assert "broken record (JSONDecodeError) (first: docs.jsonl: 5)" in out
 
 
 def test_an_image_that_may_not_be_read_costs_its_document_only(tmp_path, monkeypatch):

@@ -17,10 +17,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import model as model_file
 import moe as moe_module
 import train
-from helpers import build, make_batch
+from helpers import ROOT, build, make_batch
 from model import PRESETS, ModelConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--width 16 --depth 2 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 3 "
         "--device cpu --mixture 30-30-40").split()
 MOE = ["--fusion", "late", "--moe", "learned", "--experts", "4"]
@@ -113,19 +112,13 @@ def test_a_run_goes_on_in_any_other_way(studies, tmp_path, first, then):
 # -- memory ----------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Card(train.Machine):
-    """A rank with a GPU of so many bytes, which is asked for nothing else."""
-    memory: int = 0
-
-
 @pytest.mark.parametrize("memory", [80e9, 141e9])
 @pytest.mark.parametrize("ranks", [1, 8])
 @pytest.mark.parametrize("moe", ["none", "learned"])
 def test_every_preset_fits_or_says_what_would(memory, ranks, moe):
     """And what it says is true: with the flags of the advice it fits."""
-    machine = Card(torch.device("cuda"), 0, ranks, memory)
     for preset in PRESETS:
+        machine = train.Machine(torch.device("cuda"), 0, ranks, memory=memory)
         flags = ["--preset", preset, "--tokens", "4B", "--moe", moe]
         run, = train.parse_runs(flags)
         try:
@@ -140,14 +133,13 @@ def test_every_preset_fits_or_says_what_would(memory, ranks, moe):
                 rows, steps = train.divide_step(run, machine)
         fixed, row = model_file.training_memory(run.model, machine.ranks, run.train.shard)
         assert fixed + rows * row <= 0.92 * memory and rows * steps * machine.ranks == 2048
-        machine = Card(torch.device("cuda"), 0, ranks, memory)
 
 
 def test_what_is_known_to_fit_fits():
     """932m on one 80 GB card, 3.35b on eight; 8.13b and large MoE only in shards."""
     def rows(preset, ranks=1, shard=False, **changes):
         sizes = {k: v for k, v in PRESETS[preset].items() if k != "lr"}
-        machine = Card(torch.device("cuda"), 0, ranks, 80e9)
+        machine = train.Machine(torch.device("cuda"), 0, ranks, memory=80e9)
         return train.rows_that_fit(ModelConfig(**sizes, **changes), machine, shard)
     assert rows("932m") >= 16 and rows("3.35b", 8, True) >= 8
     assert rows("8.13b") < 1 <= rows("8.13b", 8, True)
@@ -173,12 +165,14 @@ def graphs(monkeypatch, model, run, backend="aot_eager"):
     return counter.frame_count
 
 
-@pytest.mark.parametrize("kind, most", [
-    (dict(), 1), (dict(fusion="late"), 3), (dict(moe="learned"), 1), (dict(moe="modality"), 1),
-    (dict(checkpointing=True), 1)])
-def test_batches_of_other_shapes_compile_nothing_anew(monkeypatch, kind, most):
-    """In bf16, forward and backward. Late fusion's encoder is a graph of its own, and so is one for
-    any number of images after the first."""
+@pytest.mark.parametrize("kind, most, evaluation", [
+    (dict(), 1, ()), (dict(fusion="late"), 3, ()), (dict(moe="learned"), 1, ()),
+    (dict(moe="modality"), 1, ()), (dict(checkpointing=True), 1, ()),
+    (dict(fusion="late"), 8, (*BATCHES, [["tIttt"]], [["ttt"]]))])
+def test_batches_of_other_shapes_compile_nothing_anew(monkeypatch, kind, most, evaluation):
+    """In bf16: training, then evaluation with a smaller last batch and with a single image. Late
+    fusion's encoder is a graph of its own, and so is one for any number of images after the first.
+    """
     model = build(**kind)
     model.dtype = torch.bfloat16
 
@@ -186,21 +180,11 @@ def test_batches_of_other_shapes_compile_nothing_anew(monkeypatch, kind, most):
         for rows in BATCHES:
             out = model(make_batch(model.cfg, rows))
             (out.loss + out.balance).backward()
-    assert graphs(monkeypatch, model, run) <= most
-
-
-def test_late_fusion_keeps_within_its_graphs(monkeypatch):
-    """Training, and evaluation with a smaller last batch and with a single image."""
-    model = build(fusion="late")
-
-    def run():
-        for rows in BATCHES:
-            model(make_batch(model.cfg, rows)).loss.backward()
+        model.eval()
         with torch.no_grad():
-            model.eval()
-            for rows in (*BATCHES, [["tIttt"]], [["ttt"]]):
+            for rows in evaluation:
                 model(make_batch(model.cfg, rows))
-    assert graphs(monkeypatch, model, run) <= 8
+    assert graphs(monkeypatch, model, run) <= most
 
 
 def test_ddp_does_not_cut_compiled_blocks(monkeypatch, tmp_path):

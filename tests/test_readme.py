@@ -10,19 +10,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 
+import fit_laws
 import train
+from helpers import ROOT
 from test_pack import llava, picture, write_lines, write_tar, zstd
 from test_sample import open_lm_state
 from tools import sweep
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXPERIMENTS = (ROOT / "results" / "experiments.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
@@ -208,6 +208,8 @@ def test_what_is_not_run_here_is_at_least_well_formed():
         elif "train.py" in words:
             flags = words[words.index("train.py") + 1:]
             assert train.parse_runs([*flags, "--data", "procedural"]), command
+    for name in re.findall(r"\[`(\w+\.py)`\]", README):
+        assert (ROOT / name).is_file()
 
 
 def test_the_first_block_is_two_lines():
@@ -215,21 +217,11 @@ def test_the_first_block_is_two_lines():
     assert len(first) == 2 and "python train.py" in first[0] and "pytest" in first[1]
 
 
-def test_the_numbers_of_the_study_are_those_of_its_results(workplace):
+def test_the_numbers_of_the_study_are_those_of_its_results():
     """The README's table is what fit_laws.py makes of the committed results."""
-    home = workplace / "check"
-    home.mkdir()
-    shutil.copy(ROOT / "results" / "laptop_study.jsonl", home / "results.jsonl")
-    subprocess.run([sys.executable, str(ROOT / "fit_laws.py"), str(home), "--bootstrap", "20"],
-                   check=True, capture_output=True)
-    laws = json.loads((home / "laws.json").read_text(encoding="utf-8"))
-    for group in laws["groups"]:
+    study = str(ROOT / "results" / "laptop_study.jsonl")
+    for group in fit_laws.main([study, "--bootstrap", "0"])["groups"]:
         row = next(line for line in README.splitlines() if line.startswith(f"| {group['name']} |"))
         shown = [float(x) for x in re.findall(r"(?<![\w.])-?\d+\.\d+", row.split("[")[0])]
         assert shown[0] == pytest.approx(group["E"], abs=6e-4), row
         assert float(row.split("|")[-2]) == pytest.approx(group["r2"], abs=6e-4), row
-
-
-def test_the_files_named_in_the_tour_exist():
-    for name in re.findall(r"\[`(\w+\.py)`\]", README):
-        assert (ROOT / name).is_file()

@@ -6,7 +6,7 @@ from PIL import Image
 import tools.show
 from data import DataConfig, Document, Loader, Row, collate, encode, get_tokenizer
 from helpers import build, save_run
-from model import attention_mask
+from model import ModelConfig, attention_mask
 from test_pack import picture, write_tar, write_texts
 from tools import architectures, sample
 from tools.pack import pack
@@ -50,7 +50,7 @@ def test_show_with_its_defaults_and_with_mistakes(tmp_path, monkeypatch, capsys)
         assert "[3, 1024]" in capsys.readouterr().out
         tools.show.main(["-n", "70", "--split", "val", "--mixture", "100-0-0"])
         assert "[70, 128]" in capsys.readouterr().out
-    for argv, message in (([str(out), "--mixture", "45-45-10"], "give interleaved 0"),
+    for argv, message in (([str(out), "--mixture", "45-45-10"], "no interleaved documents"),
                           (["--patch-size", "-8"], "--patch-size -8"),
                           (["--splt", "val"], "--split"),
                           ([str(out), "--mixture", "0-0-100", "--split", "val"], "split val"),
@@ -62,7 +62,7 @@ def test_show_with_its_defaults_and_with_mistakes(tmp_path, monkeypatch, capsys)
 
 def world_batch():
     """A held-out row of each kind."""
-    loader = Loader(DataConfig(val_rows=1), 0, 128, 32, 8)
+    loader = Loader(DataConfig(val_rows=1), 0, ModelConfig())
     return collate([loader.source.val_row(kind, 0) for kind in loader.shares], 8), loader.encoding
 
 

@@ -5,15 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 import train
-from helpers import one_line
+from helpers import ROOT, one_line
 from tools import sizes, sweep
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--depth 1 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 2 "
         "--device cpu").split()
 
@@ -43,22 +41,15 @@ def test_a_grid_is_the_product_of_its_lists_and_budgets_stay_together():
 def test_a_sweep_trains_every_run_once_and_skips_what_is_finished(tmp_path):
     """One of its runs diverges, which is a result and stops nothing."""
     flags = ["--width", "16,24", "--lr", "1e-3,1e30", "--grad-clip", "1e30", "--tokens", "3K,5K"]
-    for _ in range(2):
-        process = start(tmp_path, *flags)
+    for part in ("1/2", "2/2", "1/1"):  # two machines share it, then it is started again
+        process = start(tmp_path, *flags, "--part", part)
         said, errors = process.communicate()
         assert process.returncode == 0, errors
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
     assert len(rows) == len({row["run"] for row in rows}) == 8
-    assert sorted(row["status"] for row in rows) == ["diverged"] * 4 + ["ok"] * 4
+    assert sorted((row["status"], row["loss"] is None) for row in rows) == (
+        [("diverged", True)] * 4 + [("ok", False)] * 4)
     assert "8 of them finished before" in said
-
-
-def test_parts_share_a_study(tmp_path):
-    for part in ("1/2", "2/2"):
-        process = start(tmp_path, "--width", "16,24,32", "--tokens", "2K", "--part", part)
-        assert process.communicate() and process.returncode == 0
-        names = [json.loads(line)["run"] for line in (tmp_path / "results.jsonl").open()]
-    assert len(names) == len({*names}) == 3
 
 
 def test_children_die_with_a_parent_that_is_killed(tmp_path):
@@ -98,24 +89,21 @@ def test_the_reason_of_ranks_is_told_and_not_that_of_torchrun(tmp_path):
     assert process.returncode == 1 and "ckpt.pt" in errors.splitlines()[0], errors
 
 
-def test_a_run_of_another_warmup_is_not_taken_for_this_one(tmp_path, capsys):
-    """Which the budgets of a preset beside it decide."""
-    flags = [*"--preset 275m --warmup 0 --depth 1 --width 16 --image-size 32 --patch-size 8".split(),
-             "--out", str(tmp_path)]
-    train.main([*TINY, *flags, "--tokens", "20K"])
-    with pytest.raises(SystemExit, match="warmup"):
-        train.main([*TINY, *flags, "--tokens", "10K,20K"])
+def test_each_model_on_two_ranks(tmp_path):
+    """(Their numbers are those of one: tests/test_ranks.py.)"""
+    process = start(tmp_path, "--tokens", "3K,5K", "--width", "16", "--ranks", "2")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert [row["world_size"] for row in train.finished(tmp_path).values()] == [2, 2]
 
 
-def test_each_model_on_two_ranks_gives_the_numbers_of_one(tmp_path):
-    for ranks in ("1", "2"):
-        process = start(tmp_path / ranks, "--tokens", "3K,5K", "--width", "16", "--ranks", ranks)
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    one, two = (train.finished(tmp_path / ranks) for ranks in ("1", "2"))
-    assert [row["world_size"] for row in [*one.values(), *two.values()]] == [1, 1, 2, 2]
-    for name, row in one.items():
-        assert two[name]["loss"] == pytest.approx(row["loss"], rel=1e-4)
+def test_a_study_that_is_deleted_under_a_sweep(tmp_path):
+    """The sweep ends with a line for its run, not with an error of its own."""
+    process = start(tmp_path / "out", "--width", "16", "--tokens", "2M")
+    wait_for(tmp_path, "out/*/log.jsonl", process)
+    (tmp_path / "out").rename(tmp_path / "gone")
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "1 of 1 runs" in errors and "Traceback" not in errors
 
 
 def test_a_child_that_is_killed_is_named_and_the_others_go_on(tmp_path):

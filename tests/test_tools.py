@@ -3,7 +3,6 @@ import json
 import re
 import subprocess
 import sys
-from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -13,14 +12,13 @@ import pytest
 
 import train
 from data import encode, expand, get_tokenizer
-from helpers import one_line, write_rows
+from helpers import ROOT, one_line, write_rows
 from model import on_meta
 from test_pack import llava, picture
 from tools import board, curves, plan, score, sizes, sweep, table
 from world import QUESTIONS
 
 ENCODING = get_tokenizer()
-ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--width 16 --depth 2 --context 256 --tokens-per-step 512 --warmup 4 --val-rows 2 "
         "--tokens 10K --device cpu --eval-every 10").split()
 
@@ -175,13 +173,13 @@ def test_curves_of_any_folders_over_tokens_flops_and_seconds(study, sft_run, pag
     for over, total in (("tokens", row["D"]), ("flops", row["C"]),
                         ("seconds", row["D"] / row["tok_per_s"])):
         n_axes, lines = drawn(study, "--over", over)
-        assert set(lines) == {"early fusion, width 16", "late fusion, width 16"}
+        assert set(lines) == {"early fusion, dense, width 16", "late fusion, dense, width 16"}
         steps = [json.loads(line) for line in (late / "log.jsonl").open(encoding="utf-8")]
         last = max(step["step"] for step in steps if "val_loss" in step) + 1
-        spent = lines["late fusion, width 16"].get_xdata()
+        spent = lines["late fusion, dense, width 16"].get_xdata()
         assert spent[-1] == pytest.approx(total * last / row["steps"])
     assert drawn(late, sft_run)[0] == n_axes
-    assert set(drawn(late)[1]) == {"late fusion, width 16"}
+    assert set(drawn(late)[1]) == {"late fusion, dense, width 16"}
     with pytest.raises(SystemExit, match="--eval-every"):
         curves.main([str(study / "nowhere")])
 
@@ -211,19 +209,12 @@ def test_cider_d_of_captions_whose_value_is_known():
     texts, short = ["a red cat sleeps", "one blue dog runs"], ["red cat", "blue dog"]
     assert score.cider_d(texts, [[text] for text in texts]) == pytest.approx(10)
     assert score.cider_d(short, [[text] for text in short]) == pytest.approx(5)
+    upper = [text.upper() for text in texts]
+    assert score.cider_d(upper, [[text, "x"] for text in texts]) == pytest.approx(5)  # 10 and 0
     assert score.cider_d(texts, [["two green hens sit"], ["it rains very hard"]]) == 0
     assert score.cider_d(texts[:1], [texts[:1]]) == 0  # no idf without other pictures
     longer = 10 * (0.5 / 4) * np.exp(-1 / 72)
     assert score.cider_d(["x x", "z"], [["x"], ["y"]]) == pytest.approx((longer + 0) / 2)
-
-
-def test_cider_d_does_not_depend_on_the_order_or_on_case():
-    texts = ["a red cat", "a dog runs", "the cat runs fast"]
-    references = [["a red cat sits", "red cat"], ["a dog"], ["A Cat runs fast today"]]
-    value = score.cider_d(texts, references)
-    assert 0 < value < 10
-    assert score.cider_d(texts[::-1], references[::-1]) == pytest.approx(value)
-    assert score.cider_d([text.upper() for text in texts], references) == pytest.approx(value)
 
 
 class Shapes:
@@ -311,22 +302,6 @@ def test_several_runs_are_asked_about_what_they_were_trained_on(study, tmp_path,
 # -- board -----------------------------------------------------------------------------------------
 
 
-def test_curves_go_to_a_board_once_and_whole(tmp_path):
-    """A line that is being written is sent when it is whole, and nothing is sent twice."""
-    run = tmp_path / "a"
-    run.mkdir()
-    (run / "log.jsonl").write_text('{"step": 0, "loss": 2.5}\n{"step": 1, "lo', "utf-8")
-    (run / "speed.jsonl").write_text('{"step": 0, "tok_per_s": 9}\n', "utf-8")
-    sent, writers, seen = [], {}, defaultdict(int)
-    new_writer = lambda name: lambda *point: sent.append((name, *point))
-    board.send(tmp_path, writers, seen, new_writer)
-    assert sent == [("a", "loss", 2.5, 0), ("a", "tok_per_s", 9, 0)]
-    with open(run / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write('ss": 2.0}\n')
-    board.send(tmp_path, writers, seen, new_writer)
-    assert sent[2:] == [("a", "loss", 2.0, 1)]
-
-
 @pytest.mark.parametrize("to", ["tensorboard", "wandb"])
 def test_a_board_gets_every_curve_with_its_step(to, tmp_path, monkeypatch):
     """Fakes stand for the two packages, which need not be installed."""
@@ -352,17 +327,20 @@ def test_a_board_gets_every_curve_with_its_step(to, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, Fake(name))
 
     def sleep(seconds):  # while it does, the run goes on; then comes Ctrl-C
-        if len(sent) == 2:
+        if len(sent) == 3:
             raise KeyboardInterrupt
         with open(log, "a", encoding="utf-8") as file:
-            file.write('{"step": 1, "loss": 4.0}\n')
+            file.write('ss": 4.0}\n')  # the rest of a line that was being written
     monkeypatch.setattr("time.sleep", sleep)
     log = tmp_path / "a" / "log.jsonl"
     log.parent.mkdir()
-    log.write_text('{"step": 0, "loss": 5.0}\n{"st\n', encoding="utf-8")  # the disk was full
+    full = '{"step": 0, "loss": 5.0}\n{"st\n{"step": 1, "lo'  # the disk was, for a moment
+    log.write_text(full, encoding="utf-8")
+    log.with_name("speed.jsonl").write_text('{"step": 0, "tok_per_s": 9}\n', encoding="utf-8")
     with pytest.raises(KeyboardInterrupt):
         board.main([str(tmp_path), "--to", to, "--follow"])
-    assert sent == [(("loss", 5.0), ("training step", 0)), (("loss", 4.0), ("training step", 1))]
+    assert sent == [((key, value), ("training step", step)) for key, value, step in (
+        ("loss", 5.0, 0), ("tok_per_s", 9, 0), ("loss", 4.0, 1))]
 
 
 def test_a_board_needs_a_run(tmp_path):
@@ -383,6 +361,7 @@ def test_a_dry_run_says_what_a_run_takes_and_trains_nothing(tmp_path):
 
 def test_a_dry_run_for_gpus_that_are_not_here(capsys):
     """8 H100 at MFU 0.5 and 3 dollars: 6 N D FLOPs decide hours and price."""
+    assert (plan.cards_of("8xh100").mfu, plan.cards_of("8xh100x0.5").price) == (0.4, 0)
     flags = ["--preset", "932m", "--tokens", "10B"]
     plan.main([*flags, "--gpus", "8xh100x0.5x3"])
     said = capsys.readouterr().out
@@ -417,16 +396,11 @@ def test_a_dry_run_of_a_sweep_adds_up(capsys):
         assert f"all 4 runs, {gpus} at a time" in last and f" {dollars:.0f} dollars" in last
 
 
-@pytest.mark.parametrize("gpus", ["8xh100x4", "0xh100", "8xtpu", "8", "8xh100x0.4x-1", "xxxxxx",
-                                  "8xh100xnan", ""])
-def test_gpus_that_mean_nothing(gpus):
-    with pytest.raises(SystemExit, match="h100"):
-        plan.cards_of(gpus)
-    assert (plan.cards_of("8xh100").mfu, plan.cards_of("8xh100x0.5").price) == (0.4, 0)
-
-
-@pytest.mark.parametrize("budget", ["", "0", "nan", "24hx8xh100x4", "24hx", "1e20,,"])
-def test_budgets_that_mean_nothing(budget):
-    with pytest.raises(SystemExit, match="h100"):
-        sizes.in_flops(budget)
-    assert sizes.in_flops("1e20,2hx8xh100x0.5") == [1e20, 2 * 3600 * 8 * 989e12 * 0.5]
+@pytest.mark.parametrize("read, texts", [
+    (plan.cards_of, ["8xh100x4", "0xh100", "8xtpu", "8", "8xh100x0.4x-1", "xxxxxx", "8xh100xnan",
+                     ""]),
+    (sizes.in_flops, ["", "0", "nan", "24hx8xh100x4", "24hx", "1e20,,"])])
+def test_gpus_and_budgets_that_mean_nothing(read, texts):
+    for text in texts:
+        with pytest.raises(SystemExit, match="h100"):
+            read(text)

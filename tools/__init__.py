@@ -35,12 +35,11 @@ def usable_cores():
     return os.cpu_count() or 1
 
 
-def panels(n, height=3.0):
+def panels(n):
     """A page and its n panels, at most three in a row. A README shows a page 830 pixels wide, where
     letters of 8 points are readable only if the page has no more than these 8.3 inches."""
-    page = need("matplotlib.figure", "matplotlib").Figure(layout="constrained")
     rows = -(-n // 3)
-    page.set_size_inches(8.3, height * rows)
+    page = need("matplotlib.figure", "matplotlib").Figure((8.3, 3 * rows), layout="constrained")
     share = [n // rows + (i < n % rows) for i in range(rows)]
     return page, [ax for part, k in zip(page.subfigures(rows, 1, squeeze=False).ravel(), share)
                   for ax in part.subplots(1, k, squeeze=False).ravel()]

@@ -7,6 +7,7 @@
 Training knows nothing of either: this reads the log.jsonl and speed.jsonl of each run, from any
 machine that sees the folder, and sends what it has not sent before.
 """
+import functools
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -28,18 +29,14 @@ def new_lines(path, seen):
                 yield json_row(line)
 
 
-def send(out, writers, seen, new_writer):
+def send(out, seen, writer_of):
     """Sends everything new of all runs in the folder `out`."""
     for path in sorted(out.glob("*/log.jsonl")) + sorted(out.glob("*/speed.jsonl")):
-        name = path.parent.name
         for line in new_lines(path, seen):
-            if "step" not in line:  # broken, as where a disk was full
-                continue
-            if name not in writers:
-                writers[name] = new_writer(name)
-            step = line.pop("step")
-            for key, value in line.items():
-                writers[name](key, value, step)
+            if "step" in line:  # or it is broken, as where a disk was full
+                step = line.pop("step")
+                for key, value in line.items():
+                    writer_of(path.parent.name)(key, value, step)
 
 
 def tensorboard(out):
@@ -69,12 +66,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check(any(args.out.glob("*/log.jsonl")), f"{args.out}: no run has begun here")
     new_writer = {"tensorboard": tensorboard, "wandb": wandb}[args.to](args.out)
-    writers, seen = {}, defaultdict(int)
-    send(args.out, writers, seen, new_writer)
+    writer_of, seen = functools.cache(new_writer), defaultdict(int)
+    send(args.out, seen, writer_of)
     while args.follow:
         time.sleep(5)
-        send(args.out, writers, seen, new_writer)
-    print(f"sent {len(writers)} runs to {args.to}")
+        send(args.out, seen, writer_of)
+    print(f"sent {writer_of.cache_info().currsize} runs to {args.to}")
 
 
 if __name__ == "__main__":

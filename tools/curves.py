@@ -6,7 +6,6 @@ Takes any number of studies and of runs. Reads their log.jsonl, where train.py w
 losses if it is given --eval-every. FLOPs and seconds are those that a run has in results.jsonl when
 it has ended: C / D and 1 / tok_per_s a token.
 """
-import functools
 import json
 from collections import ChainMap
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from data import check
 from fit_laws import json_row
 from tools import human, panels, save, style
-from tools.table import varying
+from tools.table import varying, words
 from train import Parser, finished
 from world import KINDS, QUESTIONS
 
@@ -25,13 +24,13 @@ AXES = {"tokens": "training tokens", "flops": "training FLOPs (1B = 1e9)",
 def read(folders, over="tokens"):
     """-> {run in words: (how far, lines)}, the lines of the log that hold validation losses, and
     the tokens, FLOPs or seconds spent at each; and what a token of these runs is."""
-    curves, settings, rows_of = [], [], functools.cache(finished)  # read once for each study
+    curves, settings = [], []
     for log in (log for folder in map(Path, folders)
                 for log in sorted([*folder.glob("log.jsonl"), *folder.glob("*/log.jsonl")])):
         config = json.loads((log.parent / "config.json").read_text(encoding="utf-8"))
         lines = map(json_row, log.read_text("utf-8", "replace").splitlines())
         lines = [line for line in lines if "val_loss" in line]
-        row = rows_of(log.parent.parent).get(log.parent.name)
+        row = finished(log.parent.parent).get(log.parent.name)
         if over != "tokens" and not row:
             print(f"{log.parent} is left out: it has not ended, so its {over} are not known")
         elif lines:
@@ -46,17 +45,9 @@ def read(folders, over="tokens"):
 
 def names(settings):
     """What tells each run from the others, in words."""
-    told = varying(settings, ("fusion", "moe", "width", "experts"))[4:]
+    told = varying(settings, ("fusion", "moe", "width"))
     told += ["seed"] * (len({row["seed"] for row in settings}) > 1)
-    return [", ".join([readable(row), *(f"{key} {row.get(key)}".replace("_", " ") for key in told)])
-            for row in settings]
-
-
-def readable(run):
-    """Fusion, experts and width of a run (a dict of its settings)."""
-    moe = {"none": "", "learned": f", {run['experts']} experts",
-           "modality": ", an expert a modality"}
-    return f"{run['fusion']} fusion{moe[run['moe']]}, width {run['width']}"
+    return [words({field: row.get(field) for field in told}) for row in settings]
 
 
 def draw(curves, over, unit, out):

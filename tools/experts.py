@@ -8,12 +8,11 @@ soon as the documents hold more of one modality than of the other.
 
 Dimensions: L layers, E experts.
 """
-import math
-
 import numpy as np
 import torch
+from scipy.stats import entropy
 
-from data import DataConfig, Loader
+from data import DataConfig, Loader, check
 from tools import markdown, panels, save, style
 from tools.sample import load_model
 from train import Parser
@@ -28,18 +27,11 @@ def specialization(counts):
     bits. "floor" is 1 - H2(p) of all tokens: what experts without any preference would score,
     because p_e is not corrected for the mixture. An expert without tokens has no p_e and is left
     out of the mean; that is ours, the paper does not say."""
-    counts = torch.as_tensor(counts, dtype=torch.float64)
-    used = counts.sum(1) > 0                                                     # (L,E)
-    scores = one_minus_entropy(counts) * used                                    # (L,E)
-    score = scores.sum(-1) / used.sum(-1).clamp(min=1)                           # (L,)
-    floor = one_minus_entropy(counts.sum(2, keepdim=True)).squeeze(-1)           # (L,)
+    counts = np.asarray(counts, float)
+    # the entropy of an expert without tokens is NaN, which nanmean leaves out
+    score = np.nanmean(1 - entropy(counts, base=2, axis=1), axis=1)              # (L,)
+    floor = 1 - entropy(counts.sum(2), base=2, axis=1)                           # (L,)
     return {"score": score.tolist(), "floor": floor.tolist()}
-
-
-def one_minus_entropy(counts):
-    """(L,2,E) -> (L,E): 1 - binary entropy (bits) of each expert's split into text and image."""
-    p = counts / counts.sum(1, keepdim=True).clamp(min=1)                        # (L,2,E)
-    return 1 + (torch.xlogy(p, p) / math.log(2)).sum(1)                          # (L,E)
 
 
 @torch.no_grad()
@@ -50,7 +42,7 @@ def count(model, loader):
         batch = {name: tensor.to(model.rope.device) for name, tensor in batch.items()}
         return model(batch).expert_counts.double().cpu()  # float32 would count only to 2^24
     return {kind: sum(map(counts, loader.val_batches(kind, 8)))
-            for kind in loader.val_kinds() if kind != "text"}
+            for kind in loader.val_kinds if kind != "text"}
 
 
 def table(counts):
@@ -92,19 +84,15 @@ def draw(counts, out):
 def main(argv=None):
     parser = Parser(prog="python -m tools.experts", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="directory of one run of train.py, with ckpt.pt")
-    parser.add_argument("--rows", type=int, default=32, help="validation rows of each kind")
     parser.add_argument("--out", default="experts.png")
     args = parser.parse_args(argv)
     model, data = load_model(args.run)
-    if model.cfg.moe != "learned":
-        raise SystemExit(f"{args.run} has no router (--moe {model.cfg.moe}): train with "
-                         "--moe learned")
-    cfg = DataConfig(data["data"], data["mixture"], val_rows=args.rows)
-    counts = count(model, Loader(cfg, 0, model.cfg.context, model.cfg.image_size,
-                                 model.cfg.patch_size))
-    if {*cfg.shares} == {"text"} or not counts:
-        raise SystemExit(f"{args.run} was trained on text only: its router never had two "
-                         "modalities to tell apart")
+    check(model.cfg.moe == "learned", f"{args.run} has no router (--moe {model.cfg.moe}): train "
+          "with --moe learned")
+    cfg = DataConfig(data["data"], data["mixture"], val_rows=32)
+    counts = count(model, Loader(cfg, 0, model.cfg))
+    check({*cfg.shares} != {"text"} and counts, f"{args.run} was trained on text only: its router "
+          "never had two modalities to tell apart")
     head, *body = table(counts)
     print(markdown(head, body))
     print("score: 1 = each expert sees one modality; floor: what experts without a preference have")

@@ -83,7 +83,7 @@ def plan(run, place, machine):
     paper = cfg.preset in PRESETS
     check(place is not machine or place.memory or not paper, f"--preset {cfg.preset} is a size for "
           "GPUs: name those to plan for, as --gpus 8xh100x0.4")
-    loader = Loader(run.data, cfg.seed, shape.context, shape.image_size, shape.patch_size)
+    loader = Loader(run.data, cfg.seed, shape)
     no_data = paper and run.data.data == "procedural"
     text, image = published_positions(run, loader) if no_data else mean_positions(loader)
     model, (micro_rows, times) = on_meta(shape), train.divide_step(run, place)

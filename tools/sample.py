@@ -6,6 +6,7 @@
 
 Dimensions: S pixels of a side.
 """
+import math
 import sys
 from itertools import islice
 from pathlib import Path
@@ -65,6 +66,18 @@ def draw_held_out(model, data, tokenizer, out, n=3):
     save_page(axes, y, out)
 
 
+def sampler(temperature, top_k, seed):
+    """-> a function logits (V,) -> an id, drawn on the CPU, where a seed means the same on every
+    machine, of the top_k likeliest if it is given. Temperature 0 takes the likeliest."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(logits):
+        least = logits.sort().values[-min(top_k, len(logits))]  # of all, if it is 0
+        logits = logits.masked_fill(logits < least, -math.inf)
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+    return draw if temperature else torch.argmax
+
+
 def main(argv=None):
     parser = Parser(prog="python -m tools.sample", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", help="directory of one run of train.py, with ckpt.pt")
@@ -92,8 +105,8 @@ def main(argv=None):
     parts = [[tokenizer.eot_token], *map(torch.from_numpy, images),
              tokenizer.encode_ordinary(args.prompt)]
     try:
-        ids = generate(model, parts, args.max_new_tokens, args.temperature, args.top_k, args.seed,
-                       stop=tokenizer.eot_token, n_vocab=tokenizer.n_vocab)
+        ids = generate(model, parts, args.max_new_tokens, tokenizer.eot_token, tokenizer.n_vocab,
+                       sampler(args.temperature, args.top_k, args.seed))
     except ValueError as error:
         raise SystemExit(f"{parser.prog}: {error}") from None
     print(args.prompt + tokenizer.decode(ids))

@@ -97,8 +97,7 @@ def held_out(model, data, source, n):
     shares = DataConfig(mixture=data["mixture"]).shares
     asked = "conversation" if "conversation" in shares else "caption"
     mixture = "-".join("100" if kind == asked else "0" for kind in KINDS)
-    loader = Loader(DataConfig(source, mixture, val_rows=n), 0,
-                    model.cfg.context, model.cfg.image_size, model.cfg.patch_size)
+    loader = Loader(DataConfig(source, mixture, val_rows=n), 0, model.cfg)
     ours, theirs = get_tokenizer(data["tokenizer"]), loader.encoding
     check((ours._pat_str, ours._mergeable_ranks) == (theirs._pat_str, theirs._mergeable_ranks),
           f"{source}: packed with another tokenizer than the run's")

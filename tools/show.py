@@ -15,11 +15,10 @@ import textwrap
 
 import torch
 
-from data import DataConfig, Loader, check, collate, read_meta
-from model import attention_mask
+from data import DataConfig, Packed, Procedural, check, collate, read_meta
+from model import ModelConfig, attention_mask
 from tools import need, save
 from train import Parser
-from world import KINDS
 
 WIDTH = 118  # of a page, in letters
 INK = {"target": "#0b3d91", "context": "#999999", "nats": "#b34700"}
@@ -172,25 +171,19 @@ def main(argv=None):
     size = args.image_size or (read_meta(args.data)["image_size"] if real else 32)
     patch = args.patch_size or max(1, size // (16 if real else 4))
     context = args.context or (1024 if real else 128)
-    check(min(size, patch, args.n) > 0 and size % patch == 0 and context > (size // patch)**2 + 1,
-          f"show: {args.n} rows of --context {context} with images of --image-size {size} in "
-          f"patches of --patch-size {patch} are not possible")
-    splits = read_meta(args.data)["splits"] if real else {}
-    there = list(splits.get(args.split, KINDS[:3]))
-    equal = [100 // len(there) * (kind in there) for kind in KINDS]
-    equal[KINDS.index(there[0])] += 100 - sum(equal)
-    mixture = args.mixture or "-".join(map(str, equal))
-    cfg = DataConfig(args.data, mixture, val_rows=max(64, args.n))
-    loader = Loader(cfg, args.seed, context, size, patch)
-    used = list(loader.shares)
+    shape = ModelConfig(context=context, image_size=size, patch_size=patch)
+    cfg = DataConfig(args.data, args.mixture or DataConfig.mixture, val_rows=max(64, args.n))
+    source = (Packed if real else Procedural)(cfg, args.seed, shape)
+    used = list(cfg.shares if args.mixture or not real else source.kinds[args.split])
+    check(used and args.n > 0, f"-n {args.n}: need at least one row, and documents in the split "
+          f"{args.split} of {args.data}")
     kinds = [(used[i % len(used)], i // len(used)) for i in range(args.n)]  # in turn
-    source = loader.source
     if args.split == "val":  # a small validation set is shown again from its start
         rows = [source.val_row(kind, n % source.n_rows(kind, "val")) for kind, n in kinds]
     else:
         rows = [source.row(kind, n) for kind, n in kinds]
     batch = collate(rows, patch)
-    draw_rows(batch, loader.encoding.decode, args.out, patch, size, [kind for kind, _ in kinds])
+    draw_rows(batch, source.encoding.decode, args.out, patch, size, [kind for kind, _ in kinds])
     if args.mask:
         draw_mask(batch, args.mask)
     print(f"{args.n} rows: {', '.join(kind for kind, _ in kinds)}")

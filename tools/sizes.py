@@ -65,7 +65,7 @@ def print_sizes(budgets):
 
 def positions(data, model):
     """(text, image) positions of a row."""
-    return mean_positions(Loader(data, 0, model.context, model.image_size, model.patch_size))
+    return mean_positions(Loader(data, 0, model))
 
 
 def matched_width(run, rule):
@@ -91,7 +91,7 @@ def equal_text(runs):
     """The flags at which a row holds as much text as it does with images of the default size:
     images take more room, so the row grows, and with it the tokens of a step and of the run."""
     run = runs[0]
-    sizes = SIZES[run.train.preset]
+    sizes = vars(ModelConfig()) | SIZES[run.train.preset]
     base = replace(run.model, image_size=sizes["image_size"], patch_size=sizes["patch_size"])
     goal, _ = positions(run.data, base)
     context = base.context + run.model.n_patches

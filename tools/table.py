@@ -26,13 +26,14 @@ from train import Parser
 from world import KINDS
 
 MEASURED = re.compile(r"(loss|floor|accuracy|cider|peak|wall|tok_per)\w*|N(_\w+)?|C|D_vision"
-                      r"|padding|tokens_per_parameter|\w+_share|n_scored|run|seed|device|world_size|torch|git|status")
+                      r"|padding|tokens_per_parameter|\w+_share|n_scored|run|seed|device|world_size"
+                      r"|torch|git|status")
 SHARES = tuple(f"{kind}_share" for kind in KINDS)  # of the mixture, per cent
 
 
 def read(paths):
-    """The rows of all files, each with its study: what it says itself, or the folder of its file. Of
-    a run that a file has twice in one study, the last."""
+    """The rows of all files, each with its study: what it says itself, or the folder of its file.
+    Of a run that a file has twice in one study, the last."""
     rows = {}
     for path in map(Path, paths):
         path = path / "results.jsonl" if path.is_dir() else path
@@ -198,7 +199,7 @@ def words(known):
     return ", ".join(filter(None, found)) or "all runs"
 
 
-def parse(argv):
+def main(argv=None):
     parser = Parser(prog="python -m tools.table", description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="+", help="folders with a results.jsonl, or such files")
     parser.add_argument("--by", help="fields that tell lines apart (default: all that vary)")
@@ -207,11 +208,7 @@ def parse(argv):
     parser.add_argument("--metric", help="default: loss, loss_*, accuracy*, cider*")
     parser.add_argument("--plot", metavar="FIELD", help="draw the metrics against this number")
     parser.add_argument("--out", default="table.png", help="file of the plot")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    args = parse(argv)
+    args = parser.parse_args(argv)
     rows = read(args.paths)
     for field, _, value in (rule.partition("=") for rule in args.where or ()):
         rows = [row for row in rows if str(row.get(field)) == value]
