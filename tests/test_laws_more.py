@@ -107,6 +107,17 @@ def test_profile_intervals_hold_the_truth_or_say_that_there_is_no_end():
     assert np.isnan(found["beta"]).all()
 
 
+def test_the_noise_of_seeds_is_told_from_the_error_of_the_law():
+    """Two seeds, one 2 % above the law and one 2 % below: their means lie on it."""
+    runs = planted(EARLY)
+    twice = fl.replace(runs.rows(np.tile(np.arange(len(runs.N)), 2)))
+    twice.L[:] *= np.repeat(np.exp([0.02, -0.02]), len(runs.N))
+    found = more.noise(EARLY, twice)
+    assert found["seed_sd_pct"] == pytest.approx(2 * 2 ** 0.5)
+    assert found["means_mae_pct"] == pytest.approx(0, abs=1e-9) and found["means_r2"] == 1
+    assert more.noise(EARLY, runs) == {}
+
+
 def test_plan_of_the_paper():
     """Dense rows have the frontier only, the sparse row has A and B and so N and D too."""
     paper = more.main(["--plan", "--budget", "1e21,24hx8xh100x0.4"])["paper"]

@@ -3,14 +3,12 @@
     python -m tools.laws_more table.csv --bootstrap 200 --json more.json
     python -m tools.laws_more --plan --budget 24hx8xh100x0.4
 
-prints for each group (and --json FILE writes, beside what fit_laws.py says of the group) IsoFLOP
-parabolas, one exponent for N and D against two, the law of sparsity, how far the law moves if
-rows or delta change, and profile intervals, which hold even where resampling fails. Groups that
-differ in their mixture only also get one alpha and beta. --plan prints what the paper's own
-coefficients say at --budget. The other flags choose rows and groups as in fit_laws.py.
-
-c of fit_laws.py is the slope of the best runs' losses. c_regression, as in App. C.2, is that of the
-best losses which the law predicts, also where no run had them, so the two need not agree.
+prints for each group (and --json FILE writes, beside what fit_laws.py says of the group) how much of
+its error is the seeds', IsoFLOP parabolas, one exponent for N and D against two, the law of
+sparsity, how far the law moves if rows or delta change, and profile intervals, which hold even
+where resampling fails. Groups that differ in their mixture only also get one alpha and beta. --plan
+prints what the paper's own coefficients say at --budget. The other flags choose rows and groups as
+in fit_laws.py.
 """
 
 # Dimensions: n rows (runs), T terms of a law, P coefficients, K resamples, Q budgets, M groups.
@@ -23,9 +21,9 @@ from types import SimpleNamespace
 import numpy as np
 from scipy.optimize import brentq
 
-from fit_laws import (DELTA, NAMES, build_problem, check, derive, encoder, gather, interval,
-                      minimise, number, optimum, parse_args, projected_starts, residual, screen,
-                      span, write_json)
+from fit_laws import (DELTA, NAMES, build_problem, check, derive, gather, interval, minimise, number,
+                      optimum, parse_args, predict, projected_starts, residual, screen, span,
+                      write_json)
 from tools import end_with_the_pipe
 from tools.sizes import in_flops
 
@@ -72,18 +70,19 @@ def isoflop(runs, budgets, weight):
     return dict(zip(ISOFLOP, (a, b, c, d, np.exp(lnD0))))
 
 
-def regression(coef, runs):
-    """App. C.2: lines through the best N, D and loss at 16 budgets in the range of C ->
-    {a_regression: value}. Late fusion has a second a and d for N + N_v, which is the paper's late
-    row, and where a + b is not 1."""
-    C = np.geomspace(runs.C.min(), runs.C.max(), 16)
-    N, D, loss = optimum(coef, C, runs.vision)
-    sizes = {"regression": N, "total": N + encoder(N, runs.vision)}
-    lines = {f"{name}_{suffix}": (x, y) for suffix, size in sizes.items()
-             for name, x, y in (("a", C, size), ("b", C, D), ("c", C, loss), ("d", size, D))}
-    good = np.isfinite(N).all()
-    return {name: np.polyfit(*np.log(line), 1)[0] if good else np.nan for name, line in lines.items()
-            if runs.vision[0] or "total" not in name}
+def noise(coef, runs):
+    """Runs that differ in the seed alone -> {name: value}, in per cent of the loss: the deviation of
+    a seed, how far the law is from the means of seeds, and R2 of these means. What is left there is
+    the law's own error, because the seeds' has been averaged out. Empty where no two are alike."""
+    at = np.unique([runs.N, runs.D], axis=1)  # (2, settings)
+    alike = [np.log(runs.L[(runs.N == N) & (runs.D == D)]) for N, D in at.T]
+    if min(map(len, alike)) < 2:
+        return {}
+    means = np.array([x.mean() for x in alike])
+    error = np.log(predict(coef, *at)) - means
+    return {"seed_sd_pct": 100 * np.mean([x.var(ddof=1) for x in alike]) ** 0.5,
+            "means_mae_pct": 100 * np.abs(error).mean(),
+            "means_r2": 1 - (error ** 2).mean() / means.var()}
 
 
 def share_coefficients(problem, index, member):
@@ -274,19 +273,13 @@ def paper_plan(budgets):
 def report(s):
     """A study of fit_laws.py -> its record with all that this file finds, which it also prints."""
     record, budgets = s.record, isoflop_budgets(s.runs)
-
-    def add(value, many):  # the intervals are those of the same quantities on every resample
-        record.update(value)
-        record["ci"] |= {k: interval(np.array([v[k] for v in many])) for k in value}
-
-    if budgets:
-        add(isoflop(s.runs, budgets, np.ones(len(s.runs.N))),
-            [isoflop(s.runs, budgets, weight) for weight in s.weight])
-    add(regression(s.fit.coef, s.runs), [regression(coef, s.runs) for coef in s.draws])
-    record |= {"isoflop_budgets": len(budgets), "tied": tied_law(s.runs),
-               "sparse": sparse_law(s.runs, s.weight),
-               "sensitivity": sensitivity(s.runs, s.fit),
-               "profile": profile(s.runs, s.fit)}
+    if budgets:  # the intervals are those of the same quantities on every resample
+        many = [isoflop(s.runs, budgets, weight) for weight in s.weight]
+        record |= isoflop(s.runs, budgets, np.ones(len(s.runs.N)))
+        record["ci"] |= {k: interval(np.array([v[k] for v in many])) for k in ISOFLOP}
+    record |= {"isoflop_budgets": len(budgets), "seeds": noise(s.fit.coef, s.runs),
+               "tied": tied_law(s.runs), "sparse": sparse_law(s.runs, s.weight),
+               "sensitivity": sensitivity(s.runs, s.fit), "profile": profile(s.runs, s.fit)}
     print_more(record)
     return record
 
@@ -316,9 +309,9 @@ def print_ends(title, ends):
 def print_more(g):
     """All about one group that fit_laws.py does not print."""
     print("\n{name}: {n} runs, E {E:.4f}, alpha {alpha:.4f}, beta {beta:.4f}".format(**g))
-    for suffix, title in (("regression", "best N, regression"), ("total", "best N + N_vision")):
-        if f"a_{suffix}" in g:
-            print_law(title, g, [f"{name}_{suffix}" for name in "abcd"])
+    if g["seeds"]:
+        print("  seeds               deviation {seed_sd_pct:.2f} % of the loss; the law misses their "
+              "means by {means_mae_pct:.2f} %, R2 {means_r2:.4f}".format(**g["seeds"]))
     if g["isoflop_budgets"]:
         print_law(f"{g['isoflop_budgets']} parabolas", g, ISOFLOP)
     print("  alpha = beta        {exponent:.4f} with E {E:.4f}".format(**g["tied"]["tied"]))
