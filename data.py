@@ -234,7 +234,7 @@ def collate(rows, patch_size):
 
 
 # ---- Where rows come from ---------------------------------------------------------------------
-# The procedural world and a packed folder answer the same questions: kinds(split), n_rows(kind,
+# The procedural world and a packed folder answer the same questions: kinds[split], n_rows(kind,
 # split), row(kind, n) for training and val_row(kind, n). The answers depend on the seed alone.
 
 
@@ -245,8 +245,7 @@ class Procedural:
         self.cfg, self.seed = cfg, seed
         self.knows_floor, self.known_by = True, {"tokenizer": "bytes"}
         self.world, self.stored_size = World(shape.image_size), shape.image_size
-        kinds = [kind for kind in KINDS if hasattr(World, kind)]
-        self.kinds = {"train": kinds, "val": kinds}
+        self.kinds = {s: [k for k in KINDS if hasattr(World, k)] for s in ("train", "val")}
         self.validated_as = {"conversation": QUESTIONS}  # a loss for each kind of question
         self.encoding = get_tokenizer()
         self.new_row = partial(Row, shape.context, shape.n_patches, self.encoding.eot_token)

@@ -268,8 +268,7 @@ def derive(coef):
 
 def envelope(C, L, cut):
     """c of the frontier L ~ C^c from `cut` FLOPs on; NaN where it has one point.
-    As in the paper (C.3), a line along the hull at 200 values of C in equal steps, which decide c.
-    """
+    As in the paper (C.3), it is fitted along the hull at 200 values of C in equal steps."""
     x, y = np.log(C), np.log(L)
     rows = [np.lexsort((y, x))[0]]  # the falling lower convex hull, from left to right
     while True:

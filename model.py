@@ -407,9 +407,10 @@ def training_memory(cfg, ranks=1, shard=False):
     A parameter has 4 bytes of weight, 4 of gradient and 8 of Adam's moments, and 2 of its copy in
     bf16, which the backward pass needs. FSDP divides the 16 by the ranks, and gathers embedding,
     head and two blocks at a time, with their gradients. The head has 14 bytes for each logit of a
-    chunk. Activations: 24 bytes for each token, layer and unit of width and 6 for each unit of ffn
-    hidden; with checkpointing the input of each layer and one layer in full. These are estimates
-    from reading the code (an encoder's share of positions is taken as 3/4); see tools.check."""
+    chunk and 12 for each weight. Activations: 24 bytes for each token, layer and unit of width and
+    6 for each unit of ffn hidden; with checkpointing the input of each layer and one layer in full.
+    These are estimates from reading the code (an encoder's share of positions is taken as 3/4); see
+    tools.check."""
     model, width, depth = on_meta(cfg), cfg.width, cfg.depth
     total, words = model.num_params()["N_total"], cfg.vocab_size * width
     block = sum(p.numel() for p in model.blocks[0].parameters())
@@ -502,7 +503,7 @@ def read_checkpoint(source, take):
                           mmap=sys.platform != "win32")
         if "config" in ckpt:
             return take(ckpt)
-    except Exception as error:  # a file of another format can raise nearly anything
+    except (Exception, SystemExit) as error:  # a file of another format can raise nearly anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise SystemExit(f"{path} is not a checkpoint of this code ({reason}): "
                          "train again, in another --out or without this file") from None

@@ -945,8 +945,10 @@ def train_one(run, machine):
 def main(argv):
     """Trains what is not finished, first the shortest for its trunk. Returns the exit status."""
     if "--dry-run" in argv:  # a tool answers, because it trains nothing
+        tool = Path(__file__).with_name("tools") / "plan.py"
+        check(tool.is_file(), f"--dry-run needs {tool}, which is not there")
         sys.argv[1:] = [word for word in argv if word != "--dry-run"]
-        runpy.run_path(str(Path(__file__).with_name("tools") / "plan.py"), run_name="__main__")
+        runpy.run_path(str(tool), run_name="__main__")
         return 0
     runs = parse_runs(argv)
     machine = Machine.start(runs[0].train.device)

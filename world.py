@@ -47,7 +47,7 @@ class Writer:
     """Collects the parts of a document and what each choice cost.
 
     Every random choice that the *text* reveals goes through `choose`, which charges -log p of what
-    was drawn to the next part that is added. Choices that an image has already shown are not
+    was drawn to the next text that is added. Choices that an image has already shown are not
     charged because the reader can see them. So the sum of the charges is -log p(text | images),
     exactly, provided that two different choices never give the same text. Every sentence below
     keeps to that."""
@@ -68,8 +68,8 @@ class Writer:
         self.costs[-1] -= float(np.log(probability))
 
     def add(self, part):
-        self.parts.append(part)
-        self.costs.append(0.0)
+        self.parts.append(part)  # an image is never predicted: what is charged waits for a text
+        self.costs.insert(len(self.costs) - (not isinstance(part, str)), 0.0)
 
 
 class World:

@@ -307,7 +307,7 @@ def test_bad_captions_are_counted(tmp_path):
     assert meta["skipped"]["corrupt image"] == [2, "a.tar: 1"]
 
 
-def test_bad_interleaved_documents(tmp_path, capsys):
+def test_bad_interleaved_documents(tmp_path):
     folder = tmp_path / "in"
     (folder / "images").mkdir(parents=True)
     (folder / "images" / "a.png").write_bytes(picture())

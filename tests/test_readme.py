@@ -155,7 +155,7 @@ def run_here(command, words):
     if tool == "tools.sweep":  # one after the other; tests/test_sweep.py runs real ones
         return [train.main(argv) for argv, _ in sweep.parse_grid(flags)]
     if tool in ("world.py", "tools.bench", "torch.distributed.run") or "--dry-run" in flags:
-        return subprocess.run(words, check=True)  # they take a process, or end it
+        return subprocess.run(words, check=True)  # a process of their own
     return importlib.import_module(tool.removesuffix(".py")).main(flags)
 
 
@@ -175,7 +175,8 @@ def test_the_experiments_run_in_their_order(workplace, monkeypatch):
 def test_the_lecture_runs_with_its_exercises(workplace, monkeypatch):
     """Its five live commands and those of the answers, which stand in the text as `python ...`."""
     monkeypatch.chdir(workplace)
-    todo = commands(LECTURE) + [" ".join(c.split()) for c in re.findall(r"`(python [^`]+)`", LECTURE)]
+    answers = re.findall(r"`(python [^`]+)`", LECTURE)
+    todo = commands(LECTURE) + [" ".join(command.split()) for command in answers]
     for command in todo:
         words = [sys.executable, *shlex.split(command)[1:]]
         if "--dry-run" not in words:

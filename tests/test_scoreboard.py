@@ -112,7 +112,8 @@ def test_the_game_asks_for_what_is_not_given(monkeypatch):
     asked = []
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "0.3")
     game.main([STUDY])
-    assert len(asked) == 5 and all(f"{largest(fit_laws.read_rows(STUDY)):,}" in line for line in asked)
+    hidden = f"{largest(fit_laws.read_rows(STUDY)):,}"
+    assert len(asked) == 5 and all(hidden in line for line in asked)
 
 
 @pytest.mark.parametrize("flags, named", [

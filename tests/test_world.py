@@ -26,6 +26,15 @@ def pictures(parts):
     return [part for part in parts if not isinstance(part, str)]
 
 
+def test_an_image_does_not_pay_for_a_choice():
+    writer = Writer(random.Random(0))
+    for part in ("a", np.zeros(1), "b"):
+        writer.choose([0.5, 0.5])
+        writer.add(part)
+    writer.charge(0.25)
+    assert writer.costs == pytest.approx([math.log(2), 0, math.log(4), math.log(4)])
+
+
 # -- the floor -----------------------------------------------------------------------------------
 
 

@@ -3,8 +3,8 @@
     python -m tools.laws_more table.csv --bootstrap 200 --json more.json
     python -m tools.laws_more --plan --budget 24hx8xh100x0.4
 
-prints for each group (and --json FILE writes, beside what fit_laws.py says of the group) how much of
-its error is the seeds', IsoFLOP parabolas, one exponent for N and D against two, the law of
+prints for each group (and --json FILE writes, beside what fit_laws.py says of the group) how much
+of its error is the seeds', IsoFLOP parabolas, one exponent for N and D against two, the law of
 sparsity, how far the law moves if rows or delta change, and profile intervals, which hold even
 where resampling fails. Groups that differ in their mixture only also get one alpha and beta. --plan
 prints what the paper's own coefficients say at --budget. The other flags choose rows and groups as
@@ -21,9 +21,9 @@ from types import SimpleNamespace
 import numpy as np
 from scipy.optimize import brentq
 
-from fit_laws import (DELTA, NAMES, build_problem, check, derive, gather, interval, minimise, number,
-                      optimum, parse_args, predict, projected_starts, residual, screen, span,
-                      write_json)
+from fit_laws import (DELTA, NAMES, build_problem, check, derive, gather, interval, minimise,
+                      number, optimum, parse_args, predict, projected_starts, residual, screen,
+                      span, write_json)
 from tools import end_with_the_pipe
 from tools.sizes import in_flops
 
@@ -71,9 +71,9 @@ def isoflop(runs, budgets, weight):
 
 
 def noise(coef, runs):
-    """Runs that differ in the seed alone -> {name: value}, in per cent of the loss: the deviation of
-    a seed, how far the law is from the means of seeds, and R2 of these means. What is left there is
-    the law's own error, because the seeds' has been averaged out. Empty where no two are alike."""
+    """Runs that differ in the seed alone -> {name: value}, in per cent of the loss: the deviation
+    of a seed, how far the law is from the means of seeds, and R2 of these means. What is left there
+    is the law's own error, because the seeds' is averaged out. Empty where a run has no twin."""
     at = np.unique([runs.N, runs.D], axis=1)  # (2, settings)
     alike = [np.log(runs.L[(runs.N == N) & (runs.D == D)]) for N, D in at.T]
     if min(map(len, alike)) < 2:
@@ -310,8 +310,8 @@ def print_more(g):
     """All about one group that fit_laws.py does not print."""
     print("\n{name}: {n} runs, E {E:.4f}, alpha {alpha:.4f}, beta {beta:.4f}".format(**g))
     if g["seeds"]:
-        print("  seeds               deviation {seed_sd_pct:.2f} % of the loss; the law misses their "
-              "means by {means_mae_pct:.2f} %, R2 {means_r2:.4f}".format(**g["seeds"]))
+        print("  seeds               deviation {seed_sd_pct:.2f} % of the loss; the law misses "
+              "their means by {means_mae_pct:.2f} %, R2 {means_r2:.4f}".format(**g["seeds"]))
     if g["isoflop_budgets"]:
         print_law(f"{g['isoflop_budgets']} parabolas", g, ISOFLOP)
     print("  alpha = beta        {exponent:.4f} with E {E:.4f}".format(**g["tied"]["tied"]))

@@ -102,17 +102,17 @@ def failure(child):
     code = child.returncode
     if code in (0, 130):
         return None
-    if not child.log.exists():
-        return f"{child.log} was deleted"
-    text = child.log.read_bytes()[child.begin:].decode("utf-8", "replace")
-    text, report = split_launcher(text)
+    gone = not child.log.exists()
+    text = b"" if gone else child.log.read_bytes()[child.begin:]
+    text, report = split_launcher(text.decode("utf-8", "replace"))
     if code < 0 or "(SIGKILL)" in report:  # it was killed, or one of several ranks
         name = signal.Signals(-code).name if code < 0 else "SIGKILL"
         return (f"killed by {name} (was there enough memory? try fewer --jobs or smaller "
                 f"--micro-rows); see {child.log}")
     lines = [line for line in text.splitlines() if line and not line.startswith("terminate called")]
     ours = [line for line in lines if not line.startswith("[rank")]  # a rank that missed another
-    return f"{''.join((ours or lines)[-1:])} (see {child.log})"
+    last = "".join((ours or lines)[-1:])
+    return f"{child.log} was deleted" if gone else f"{last} (see {child.log})"
 
 
 def share_done(run):
