@@ -333,30 +333,6 @@ def loading(bench):
                    {name: partial(work, loader=loader) for name, loader in loaders.items()})
 
 
-def upkeep(bench):
-    """Evaluation and checkpoints of `python train.py`, by the wall: a disk takes no CPU time."""
-    trainer = trainee(bench.machine, {"tokens_per_step": 512, "out": str(bench.folder)})
-    run, batches = trainer.run, make_batches(trainer)
-    train.make_folder(trainer.run.folder)
-    trainer.begin()
-    trainer.step = 1  # before the first step nothing would be saved
-
-    def evaluation(r):
-        data.Procedural.val_rows.cache_clear()  # a run evaluates once, and makes its rows for that
-        train.evaluate(trainer)
-
-    took = bench.interleave({
-        "step": lambda r: step(trainer, batches[r % 4]), "evaluation": evaluation,
-        "save": lambda r: trainer.save("ckpt.pt")}, 5, time.perf_counter)
-    saves = -(-run.steps // run.train.save_every)
-    extra = took["evaluation"] + saves * took["save"]
-    each = {name: np.median(times) for name, times in took.items()}
-    yield Row("evaluation and checkpoints, share of a default run (wall)",
-              extra / (extra + run.steps * took["step"]), "<= 0.05",
-              f"{each['evaluation']:.2f} s + {saves} x {each['save']:.3f} s beside "
-              f"{run.steps} x {each['step']:.3f} s")
-
-
 def overhead(bench):
     """train.train beside its bare steps. The mask, which the forward pass makes, counts as
     overhead; the Python inside torch's modules does not."""
@@ -365,7 +341,7 @@ def overhead(bench):
                                       "tokens": str(512 * n)})
     train.make_folder(trainer.run.folder)
     trainer.begin()
-    trainer.save = trainer.describe = lambda *args: None  # `upkeep` has the checkpoint
+    trainer.save = trainer.describe = lambda *args: None  # the time of a checkpoint is the disk's
     batches, loader = make_batches(trainer, n), trainer.loader
     rows, n_patches = len(batches[0]["doc"]), trainer.run.model.n_patches
 
@@ -382,9 +358,9 @@ def overhead(bench):
         "data": lambda r: list(loader.train_batches(0, n, rows, rows))}, 7)
     extra = took["loop"] - took["bare"] + took["mask"]
     each = {name: f"{1e3 * np.median(times) / n:.2f} ms" for name, times in took.items()}
-    yield Row("overhead of a step at width 64, without data", (extra - took["data"]) / took["loop"],
+    yield Row("overhead of a default step, without data", (extra - took["data"]) / took["loop"],
               "<= 0.10", f"step {each['loop']}, mask {each['mask']}")
-    yield Row("overhead of a step at width 64, with procedural data", extra / took["loop"],
+    yield Row("overhead of a default step, with procedural data", extra / took["loop"],
               note=f"data {each['data']}")
 
 
@@ -427,7 +403,7 @@ def tokens_per_second(bench, threads, *command):
 
 
 def parallel(bench):
-    """Two processes, two threads or two ranks, at width 64, the default."""
+    """Two processes, two threads or two ranks, of the default model."""
     n, rates = 40 if bench.quick else 120, {"pair": [], "threads": [], "DDP": []}
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 train.py"
     works = {"pair": ("1", f"-m tools.sweep --jobs 2 --seed 0,1 --tokens {n}K"),
@@ -634,7 +610,7 @@ MARKS = {  # name: (the kind of device it needs, function)
     "compiled": ("cpu", partial(
         compare, size="1M", kinds={"eager": SIZES["1M"], "fast": {**SIZES["1M"], "compile": "on"}},
         rounds=9, marks={}, ratios=[("step, compiled / eager", "fast / eager", "")])),
-    "loading": ("cpu", loading), "upkeep": ("cpu", upkeep), "overhead": ("cpu", overhead),
+    "loading": ("cpu", loading), "overhead": ("cpu", overhead),
     "generation": ("cpu", generation), "parallel": ("cpu", parallel), "packing": ("any", packing),
     "slope": ("any", slope), "scaling": ("any", scaling), "efficiency": ("any", efficiency),
     "gpu275m": ("cuda", gpu_275m), "gpu932m": ("cuda", gpu_932m),
