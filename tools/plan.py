@@ -19,7 +19,7 @@ import numpy as np
 
 import train
 from data import Loader, check
-from model import PRESETS, on_meta, training_memory
+from model import on_meta, training_memory
 
 # What a sample of the paper's data holds, in text tokens and images: captions by the ratios of its
 # Table 3, OBELICS has 115B tokens and 353M images in 141M documents, DCLM 4T tokens in 3B.
@@ -80,7 +80,7 @@ def plan(run, place, machine):
     """Lines for a person, seconds of training, GB on disk. place: Cards, or the machine itself,
     whose speed is then measured."""
     cfg, shape, D = run.train, run.model, run.steps * run.train.tokens_per_step
-    paper = cfg.preset in PRESETS
+    paper = cfg.preset != "laptop"
     check(place is not machine or place.memory or not paper, f"--preset {cfg.preset} is a size for "
           "GPUs: name those to plan for, as --gpus 8xh100x0.4")
     loader = Loader(run.data, cfg.seed, shape)
@@ -133,7 +133,7 @@ def line_of(kind, share, run, loader):
     line = f"{kind}: {share} % of the rows, {tokens:,.0f} tokens"
     if epochs:  # of the procedural world, 0
         return f"{line}, {epochs:.2f} epochs of {run.data.data}"
-    if kind not in SAMPLES or run.train.preset not in PRESETS:
+    if kind not in SAMPLES or run.train.preset == "laptop":
         return line
     name, words, images = SAMPLES[kind]
     samples = tokens / (words + images * shape.n_patches)
