@@ -195,7 +195,7 @@ def test_what_reads_the_results_reads_them(workplace, monkeypatch):
             or "results/experiments" in command]
     for command in todo:
         run_here(command, small(shlex.split(command)))
-    assert len(todo) == 5
+    assert len(todo) == 6
 
 
 def test_what_is_not_run_here_is_at_least_well_formed():
