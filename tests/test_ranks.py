@@ -34,9 +34,9 @@ def launch(ranks, *command):
     return done.stdout
 
 
-def trained(out, *flags, ranks=1):
+def trained(out, *flags, ranks=1, script=(str(ROOT / "train.py"),)):
     """-> the log of a run, and its row of results."""
-    launch(ranks, str(ROOT / "train.py"), *TINY, *flags, "--out", str(out))
+    launch(ranks, *script, *TINY, *flags, "--out", str(out))
     folder, = (path.parent for path in Path(out).glob("*/log.jsonl"))
     row, = train.finished(out).values()
     return list(map(json.loads, open(folder / "log.jsonl", encoding="utf-8"))), row
@@ -64,13 +64,23 @@ def test_two_ranks_follow_one(tmp_path, flags):
     assert_equal([one, trained(tmp_path / "two", *flags, "--micro-rows", "1", ranks=2)], 1e-4)
 
 
+CHUNKS = """import functools, sys
+sys.path.insert(0, sys.argv[1])
+import model, train
+model.head_loss = functools.partial(model.head_loss, max_logits=20 * 264)
+train.main(sys.argv[2:])"""
+
+
 def test_sharded_ranks_follow_ddp(tmp_path):
-    """Also where ranks have unequal numbers of validation rows, and gradients accumulate."""
+    """Also where ranks have unequal numbers of validation rows, gradients accumulate, and the head
+    works in chunks."""
+    (tmp_path / "chunks.py").write_text(CHUNKS)
+    chunks = str(tmp_path / "chunks.py"), str(ROOT)
     flags = ["--tokens", "10K", "--micro-rows", "1", *MOE]
-    ddp = trained(tmp_path / "ddp", *flags, ranks=2)
-    for ranks in (2, 4):
-        sharded = trained(tmp_path / str(ranks), *flags, "--shard", ranks=ranks)
-        assert_equal([ddp, sharded], 1e-5)
+    assert_equal([trained(tmp_path / "ddp", *flags, ranks=2),
+                  trained(tmp_path / "chunks", *flags, ranks=2, script=chunks),
+                  trained(tmp_path / "2", *flags, "--shard", ranks=2, script=chunks),
+                  trained(tmp_path / "4", *flags, "--shard", ranks=4)], 1e-5)
 
 
 WAYS = {"one": (1, []), "ddp": (2, []), "fsdp": (2, ["--shard"])}
