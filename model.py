@@ -203,7 +203,7 @@ def init_weight(weight, fan_in, layer=None):
 
 
 class Attention(nn.Module):
-    # Fusing q, k and v (or gate and up) would copy their gradients, 7 to 9 % of a step on a CPU.
+    # Fusing q, k and v (or gate and up) would copy their gradients, up to 9 % of a step on a CPU.
     def __init__(self, width, head_dim, layer):
         super().__init__()
         self.heads = (-1, head_dim)

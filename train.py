@@ -438,7 +438,7 @@ class Trainer:
             self.model.to(machine.device)
         self.model.dtype = machine.dtype
         self.flops = self.model.flops(1), self.model.flops(0, 1)  # of a token, more of a patch
-        # auto: on a CPU, compiling gains 4 % of a step for 45 s of start-up (results/speed.md)
+        # auto: on a CPU, compiling gains 1 to 4 % of a step for 45 s (results/speed.md)
         self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
         if self.compiled:
             compile_blocks(self.model)
