@@ -516,8 +516,8 @@ class Loader:
         # The names under which losses are reported (`loss` is their mean): the paper's three kinds
         # whatever the mixture, with others that it has; but of a mixture for finetuning, which has
         # conversations, these alone.
-        wanted = [k for k in KINDS if k in PRETRAINING or k in self.shares]
-        wanted = ["conversation"] if "conversation" in self.shares else wanted
+        wanted = (["conversation"] if "conversation" in self.shares
+                  else [k for k in KINDS if k in PRETRAINING or k in self.shares])
         kinds = [kind for kind in wanted if kind in self.source.kinds["val"]]
         check(kinds, f"{cfg.data} has no {' or '.join(wanted)} documents in its split val: "
               "pack some with --split val, or with a larger --val-fraction")

@@ -503,7 +503,7 @@ def read_checkpoint(source, take):
                           mmap=sys.platform != "win32")
         if "config" in ckpt:
             return take(ckpt)
-    except (Exception, SystemExit) as error:  # a file of another format can raise nearly anything
+    except (Exception, SystemExit) as error:  # ModelConfig raises the latter, a foreign file any
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise SystemExit(f"{path} is not a checkpoint of this code ({reason}): "
                          "train again, in another --out or without this file") from None

@@ -69,7 +69,7 @@ class Writer:
 
     def add(self, part):
         self.parts.append(part)  # an image is never predicted: what is charged waits for a text
-        self.costs.insert(len(self.costs) - (not isinstance(part, str)), 0.0)
+        self.costs.insert(len(self.costs) if isinstance(part, str) else -1, 0.0)
 
 
 class World:

@@ -110,7 +110,7 @@ def test_profile_intervals_hold_the_truth_or_say_that_there_is_no_end():
 def test_the_noise_of_seeds_is_told_from_the_error_of_the_law():
     """Two seeds, one 2 % above the law and one 2 % below: their means lie on it."""
     runs = planted(EARLY)
-    twice = fl.replace(runs.rows(np.tile(np.arange(len(runs.N)), 2)))
+    twice = runs.rows(np.tile(np.arange(len(runs.N)), 2))
     twice.L[:] *= np.repeat(np.exp([0.02, -0.02]), len(runs.N))
     found = more.noise(EARLY, twice)
     assert found["seed_sd_pct"] == pytest.approx(2 * 2 ** 0.5)

@@ -65,8 +65,8 @@ def main(argv=None):
     parser.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
     args = parser.parse_args(argv)
     check(any(args.out.glob("*/log.jsonl")), f"{args.out}: no run has begun here")
-    new_writer = {"tensorboard": tensorboard, "wandb": wandb}[args.to](args.out)
-    writer_of, seen = functools.cache(new_writer), defaultdict(int)
+    writer_of = functools.cache({"tensorboard": tensorboard, "wandb": wandb}[args.to](args.out))
+    seen = defaultdict(int)
     send(args.out, seen, writer_of)
     while args.follow:
         time.sleep(5)

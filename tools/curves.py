@@ -6,6 +6,7 @@ Takes any number of studies and of runs. Reads their log.jsonl, where train.py w
 losses if it is given --eval-every. FLOPs and seconds are those that a run has in results.jsonl when
 it has ended: C / D and 1 / tok_per_s a token.
 """
+import functools
 import json
 from collections import ChainMap
 from pathlib import Path
@@ -24,13 +25,13 @@ AXES = {"tokens": "training tokens", "flops": "training FLOPs (1B = 1e9)",
 def read(folders, over="tokens"):
     """-> {run in words: (how far, lines)}, the lines of the log that hold validation losses, and
     the tokens, FLOPs or seconds spent at each; and what a token of these runs is."""
-    curves, settings = [], []
+    curves, settings, rows_of = [], [], functools.cache(finished)  # read once for each study
     for log in (log for folder in map(Path, folders)
                 for log in sorted([*folder.glob("log.jsonl"), *folder.glob("*/log.jsonl")])):
         config = json.loads((log.parent / "config.json").read_text(encoding="utf-8"))
         lines = map(json_row, log.read_text("utf-8", "replace").splitlines())
         lines = [line for line in lines if "val_loss" in line]
-        row = finished(log.parent.parent).get(log.parent.name)
+        row = rows_of(log.parent.parent).get(log.parent.name)
         if over != "tokens" and not row:
             print(f"{log.parent} is left out: it has not ended, so its {over} are not known")
         elif lines:
