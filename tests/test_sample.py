@@ -1,6 +1,6 @@
 """python -m pytest tests/test_sample.py   (about 5 seconds)
 
-The tools beside the model: sample, convert, check, experts and facts."""
+The tools beside the model: sample, convert, check, experts, facts and words."""
 import json
 import math
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from helpers import build, hidden, make_batch, one_line, read_weights, same, save_run
 from model import Attention, adopt, attention_mask, rope_table
 from test_pack import picture
-from tools import check, convert, experts, facts, sample
+from tools import check, convert, experts, facts, sample, words
 from world import World
 
 
@@ -207,3 +207,16 @@ def test_facts_of_a_run_become_a_row(tmp_path, capsys):
     row = json.loads((tmp_path / "facts.jsonl").read_text(encoding="utf-8"))
     assert row["run"] == "run" and row["facts_bits"] == 0  # untrained
     assert "things 1 to 4" in capsys.readouterr().out
+
+
+def test_the_words_of_documents_share_out_their_loss(tmp_path, capsys):
+    runs = [str(tmp_path / name) for name in "ab"]
+    for seed, run in enumerate(runs):
+        save_run(tmp_path / run, build(seed, vocab_size=264, context=128, image_size=32,
+                                       patch_size=8))
+    words.main([*runs, "--documents", "3"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    for kind in ("caption", "interleaved", "text"):
+        *each, total = [float(loss) for found, _, loss, *_ in rows if found == kind]
+        assert sum(each) == pytest.approx(total, abs=0.01) and total > 5  # untrained
+    assert ["interleaved", "change: act"] in [row[:2] for row in rows]
