@@ -405,16 +405,16 @@ def training_memory(cfg, ranks=1, shard=False):
     """Bytes on a GPU (bf16 activations): whatever the micro-batch is, and for each of its rows.
 
     A parameter has 4 bytes of weight, 4 of gradient and 8 of Adam's moments, and 2 of its copy in
-    bf16, which the backward pass needs. FSDP divides the 16 by the ranks, and gathers embedding,
-    head and two blocks at a time, with their gradients. The head has 14 bytes for each logit of a
-    chunk and 12 for each weight. Activations: 24 bytes for each token, layer and unit of width and
-    6 for each unit of ffn hidden; with checkpointing the input of each layer and one layer in full.
-    These are estimates from reading the code (an encoder's share of positions is taken as 3/4); see
-    tools.check."""
+    bf16, which the backward pass needs. DDP adds 4 for the gradients that it sends, because those
+    of micro-steps add up beside them. FSDP divides the 16 by the ranks, and gathers embedding, head
+    and two blocks at a time, with their gradients. The head has 14 bytes for each logit of a chunk
+    and 12 for each weight. Activations: 24 bytes for each token, layer and unit of width and 6 for
+    each unit of ffn hidden; with checkpointing the input of each layer and one layer in full. These
+    are estimates from reading the code (an encoder has 3/4 of the positions); see tools.check."""
     model, width, depth = on_meta(cfg), cfg.width, cfg.depth
     total, words = model.num_params()["N_total"], cfg.vocab_size * width
     block = sum(p.numel() for p in model.blocks[0].parameters())
-    fixed = 16 * total / ranks + 8 * (2 * words + 2 * block) if shard else 18 * total
+    fixed = 16 * total / ranks + 16 * (words + block) if shard else (18 + 4 * (ranks > 1)) * total
     fixed += 14 * 2 ** 27 + 12 * words
     ffn = 6 * cfg.hidden * (cfg.top_k / cfg.granularity if cfg.moe == "learned" else 1)
     layer = 24 * width + ffn + (8 * cfg.top_k * width if cfg.moe != "none" else 0)
@@ -489,9 +489,7 @@ def prompt_batch(parts, cfg, device):
 
 def read_checkpoint(source, take):
     """-> take(the checkpoint, a dict on the CPU). source: a run's directory or a .pt file."""
-    path = Path(source)
-    if path.is_dir():
-        path /= "ckpt.pt"
+    path = Path(source, "ckpt.pt" if Path(source).is_dir() else "")
     if not path.is_file():
         runs = sorted(path.parent.glob("*/ckpt.pt"))
         hint = ", ".join(str(p.parent) for p in runs[:9])

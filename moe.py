@@ -62,9 +62,8 @@ class MoE(nn.Module):
         y = self.dispatch(flat, chosen, hot.sum(0), gates)                       # (N,W)
         is_kind = torch.stack([modality == 0, modality == 1]).float()            # (2,N)
         counts = is_kind @ hot.float()                                           # (2,E)
-        balance = counts.new_zeros(())
-        if self.learned:
-            balance = load_balancing_loss(self.load, is_kind.sum(0) @ probs)
+        balance = (load_balancing_loss(self.load, is_kind.sum(0) @ probs) if self.learned
+                   else counts.new_zeros(()))
         return y.unflatten(0, x.shape[:2]), Stats(balance, counts)               # (B,T,W)
 
     def dispatch(self, x, chosen, load, gates):

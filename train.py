@@ -17,6 +17,7 @@ import contextlib
 import difflib
 import errno
 import functools
+import gc
 import inspect
 import itertools
 import json
@@ -313,8 +314,7 @@ class Machine:
         name = usable[0] if name == "auto" else name
         check(name.split(":")[0] in usable,
               f"--device {name}: torch sees none here; need auto or {' or '.join(usable)}")
-        if name == "cuda":
-            name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
         machine = Machine(torch.device(name), int(os.environ.get("RANK", "0")),
                           int(os.environ.get("WORLD_SIZE", "1")),
                           f"{name.split(':')[0]} x{torch.get_num_threads()} threads")
@@ -430,7 +430,7 @@ class Trainer:
 
     def __init__(self, run, machine):
         self.run, self.machine, self.step = run, machine, 0
-        self.rows, self.accumulation = divide_step(run, machine)
+        self.rows, self.accumulation = machine.share(divide_step(run, machine))  # of one card
         torch.manual_seed(run.train.seed)  # the same weights on every rank and device
         self.model = Model(run.model)
         self.adopt_weights()
@@ -554,6 +554,7 @@ class Trainer:
         options = StateDictOptions(full_state_dict=True,
                                    broadcast_from_rank0=self.machine.ranks > 1)
         set_model_state_dict(self.model, weights, options=options)
+        weights.clear()  # by now a copy on the GPU, where the moments will need the room
         set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
 
     def changed(self, config):
@@ -612,7 +613,7 @@ def distribute(model, shard, machine):
         for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     elif machine.ranks > 1:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)  # saves a copy of them
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
 
 
@@ -888,10 +889,10 @@ def peak_memory(machine):
 def git_commit():
     """The commit of the code that trains, with -dirty after an edit; "" outside a repository, None
     without git."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty",
-               "--exclude=*"]
+    command = "git describe --always --dirty --exclude=*".split()
     with contextlib.suppress(OSError):  # no git here
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, cwd=Path(__file__).resolve().parent, text=True,
+                              capture_output=True).stdout.strip()
 
 
 def summary(row):
@@ -909,8 +910,8 @@ def summary(row):
 def show_sample(trainer):
     """Prints what the data say of a held-out picture, and what the model says."""
     source, cfg, say = trainer.loader.source, trainer.run.model, trainer.machine.say
-    if "caption" not in trainer.loader.val_kinds:
-        return
+    if "caption" not in trainer.loader.val_kinds or trainer.run.train.shard:
+        return  # FSDP hands a block a copy of its cache, in which nothing is kept
     row, stop = source.val_row("caption", 0), source.encoding.eot_token
     image = torch.from_numpy(patchify(row.images[0], cfg.patch_size))  # (patches, patch_dim)
     truth = itertools.takewhile(lambda token: token not in (stop, -1), row.target[cfg.n_patches:])
@@ -924,6 +925,7 @@ def show_sample(trainer):
 
 def train_one(run, machine):
     """Trains one run and appends its line to results.jsonl. False if it was asked to stop."""
+    gc.collect()  # a compiled model is a cycle, and that of the budget before would fill the GPU
     trainer = Trainer(run, machine)
     trainer.begin()
     status = train(trainer)

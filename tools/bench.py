@@ -18,6 +18,7 @@ Dimensions: B rows, T context, W width, H heads, Hd head dim, L layers, P patche
             V vocabulary, h, w height and width of a picture.
 """
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -122,6 +123,7 @@ class Bench:
 def in_child(function, *args):
     """function(*args) in a process of its own, whose peak memory is its own."""
     if torch.cuda.is_available():
+        gc.collect()  # compiled models are cycles
         torch.cuda.empty_cache()  # so that the child has what this process no longer uses
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()

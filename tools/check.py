@@ -12,6 +12,7 @@ flags of train.py. A CPU runs what it can.
 
 Dimensions: B rows, T positions, W width, E experts, S slots.
 """
+import gc
 import subprocess
 import sys
 import tempfile
@@ -175,6 +176,7 @@ def speed(run, machine):
         told += (f"; memory {train.peak_memory(machine) * 2**20 / 1e9:.1f} GB, by the arithmetic "
                  f"{(fixed + trainer.rows * row) / 1e9:.1f}")
         del trainer, batch
+        gc.collect()  # a compiled model is a cycle
         torch.cuda.empty_cache()  # so that the ranks that are tried next have it
     return told
 
