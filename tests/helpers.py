@@ -1,6 +1,8 @@
 """Random batches in the loader's format (data.py), made without data.py: hermetic and tiny."""
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,10 +55,21 @@ def read_weights(source):
     return read_checkpoint(source, lambda saved: (saved["config"]["model"], saved["model"]))
 
 
+def python(*words, cwd=ROOT, **options):
+    """A Python of its own, which has ended."""
+    return subprocess.run([sys.executable, *words], cwd=cwd, text=True, capture_output=True,
+                          **options)
+
+
+def write_lines(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 def write_rows(path, rows) -> str:
     """A file of a json a line -> its path."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return str(write_lines(path, *map(json.dumps, rows)))
 
 
 def one_line(kind, function, *args, **options) -> str:

@@ -1,6 +1,5 @@
 """The benchmark counts what is executed, compares with an equal, and runs. Nothing is timed."""
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -9,11 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import make_batch, tiny
 from model import Model
-from test_fit_laws import FITS
-from tools import bench_fit
 from tools.bench import (GPU_STEP, MARKS, SIZES, Bench, Stock, config_of, main, make_batches,
                          step_flops, trainee)
-from tools.bench_parts import parts
 from train import Machine
 
 
@@ -53,7 +49,7 @@ SLOW = {"compiled", "parallel"}  # a minute each
 FUNCTIONS = {name: function for name, (_, function) in MARKS.items() if name not in SLOW}
 
 
-@pytest.mark.parametrize("function", [*FUNCTIONS.values(), parts], ids=[*FUNCTIONS, "parts"])
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_every_mark_runs_those_of_a_gpu_too(function, tmp_path, monkeypatch):
     small = {"width": 32, "depth": 1, "heads": 2}
     sizes = {"context": 256, "image_size": 56, "tokens_per_step": 1024, "micro_rows": 2, **small}
@@ -62,14 +58,6 @@ def test_every_mark_runs_those_of_a_gpu_too(function, tmp_path, monkeypatch):
             monkeypatch.setitem(shape, field, value)
     rows = list(function(Bench(Machine.start("cpu"), True, tmp_path)))
     assert rows and all(row.low <= row.value <= row.high for row in rows)
-
-
-def test_the_fit_is_measured_beside_the_usual_call(monkeypatch, capsys):
-    few = partial(bench_fit.measure, starts=1, resamples=1)
-    monkeypatch.setattr(bench_fit, "measure", few)
-    bench_fit.main([str(FITS)])
-    usual = capsys.readouterr().out.splitlines()[3].split("|")[3]  # of F above the least known
-    assert float(usual.split()[0]) > 1e-6
 
 
 def test_a_quick_run_writes_its_rows(tmp_path):

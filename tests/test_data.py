@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import data
-from data import IMAGE, KINDS, PRETRAINING, READ, DataConfig, Document, Loader, Row, collate
+from data import IMAGE, KINDS, PRETRAINING, DataConfig, Document, Loader, Row, collate
 from model import ModelConfig
 from world import QUESTIONS, World
 
@@ -116,36 +116,13 @@ def test_bad_mixture_is_one_clear_line(mixture):
 # -- documents in a row --------------------------------------------------------------------------
 
 
-def toy_row(context, *documents):
-    """A row of documents that are lists of tokens, with patches of 2 and end-of-text 9."""
-    row, image = Row(context, n_patches=4, eot=9), np.zeros((4, 4, 3), np.uint8)
-    for tokens in documents:
-        row.add(Document(np.array(tokens, np.int32), [image] * tokens.count(IMAGE)))
-    return row
-
-
-def test_a_row_lays_documents_out_as_expand_says():
-    """Two documents: e i i i i A B | e C (e is end-of-text, i a patch)."""
-    row = toy_row(12, [IMAGE, 1, 2], [3])
-    assert row.tokens.tolist() == [9, 0, 0, 0, 0, 1, 2, 9, 3, 0, 0, 0]
-    assert row.doc.tolist() == [1, 1, 1, 1, 1, 1, 1, 2, 2, 0, 0, 0]
-    assert row.patch.tolist() == [-1, 0, 1, 2, 3] + [-1] * 7
-    assert row.target.tolist() == [-1, -1, -1, -1, 1, 2, 9, 3, 9, -1, -1, -1]
-
-
 def test_an_image_comes_whole_or_not_at_all():
-    row = toy_row(6, [1, 2, IMAGE, 3])
-    assert row.used == 3 and row.images == [] and (row.patch == -1).all()
-    assert row.target.tolist() == [1, 2, -1, -1, -1, -1]
-    row = toy_row(8, [1, 2], [3, IMAGE, 4])
-    assert row.used == 5 and row.images == []
-
-
-def test_a_question_is_read_and_not_predicted():
-    """e i i i i q q A: the answer and the end-of-text are the only targets."""
-    row = toy_row(12, [IMAGE, READ - 5, READ - 6, 7])
-    assert row.tokens.tolist() == [9, 0, 0, 0, 0, 5, 6, 7, 0, 0, 0, 0]
-    assert row.target.tolist() == [-1] * 6 + [7, 9] + [-1] * 4
+    image = np.zeros((4, 4, 3), np.uint8)
+    for context, documents in ((6, [[1, 2, IMAGE, 3]]), (8, [[1, 2], [3, IMAGE, 4]])):
+        row = Row(context, n_patches=4, eot=9)
+        for tokens in documents:
+            row.add(Document(np.array(tokens, np.int32), [image] * tokens.count(IMAGE)))
+        assert row.images == [] and (row.patch == -1).all() and row.used == context - 3
 
 
 def test_patches_are_cut_in_reading_order():
@@ -153,11 +130,6 @@ def test_patches_are_cut_in_reading_order():
     patches = data.patchify(image, 2)
     assert patches[1].reshape(2, 2, 3).tolist() == image[:2, 2:].tolist()
     assert patches[2].reshape(2, 2, 3).tolist() == image[2:, :2].tolist()
-
-
-def test_a_batch_without_images_has_a_dummy_one():
-    batch = collate([make_loader(mixture="0-0-100")[0]], 8)
-    assert batch["images"].shape == (1, 16, 192) and (batch["patch_index"] == -1).all()
 
 
 # -- packing long documents into rows ------------------------------------------------------------

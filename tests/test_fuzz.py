@@ -280,23 +280,19 @@ def parquet():
     return file.getvalue()
 
 
-def files():
-    """{(kind, name): content}"""
-    captions = [(f"{i}.{end}", content) for i in range(3)
-                for end, content in (("png", picture()), ("txt", f"number {i}"))]
-    captions += [("j.jpg", picture(fmt="JPEG")), ("j.json", json.dumps({"caption": "a jpeg"}))]
-    flamingo = [("d/0.json", json.dumps(FLAMINGO)), ("d/0.1.png", picture())]
-    return {("caption", "a.tar"): tar(*captions), ("interleaved", "a.tar"): tar(*flamingo),
-            ("interleaved", "a.parquet"): parquet(),
-            ("interleaved", "a.jsonl"): jsonl(RECORDS["interleaved"]),
-            ("text", "a.txt"): "naïve text\n".encode() * 9, ("text", "a.jsonl"): jsonl(TEXTS),
-            ("text", "a.jsonl.gz"): gzip.compress(jsonl(TEXTS), mtime=0),
-            ("text", "a.jsonl.zst"): zstd(jsonl(TEXTS)),
-            ("conversation", "a.jsonl"): jsonl(TALKS),
-            ("conversation", "a.json"): json.dumps(TALKS).encode()}
-
-
-FILES = files()
+CAPTIONS = [(f"{i}.{end}", content) for i in range(3)
+            for end, content in (("png", picture()), ("txt", f"number {i}"))]
+CAPTIONS += [("j.jpg", picture(fmt="JPEG")), ("j.json", json.dumps({"caption": "a jpeg"}))]
+FILES = {  # (kind, name): content
+    ("caption", "a.tar"): tar(*CAPTIONS),
+    ("interleaved", "a.tar"): tar(("d/0.json", json.dumps(FLAMINGO)), ("d/0.1.png", picture())),
+    ("interleaved", "a.parquet"): parquet(),
+    ("interleaved", "a.jsonl"): jsonl(RECORDS["interleaved"]),
+    ("text", "a.txt"): "naïve text\n".encode() * 9, ("text", "a.jsonl"): jsonl(TEXTS),
+    ("text", "a.jsonl.gz"): gzip.compress(jsonl(TEXTS), mtime=0),
+    ("text", "a.jsonl.zst"): zstd(jsonl(TEXTS)),
+    ("conversation", "a.jsonl"): jsonl(TALKS),
+    ("conversation", "a.json"): json.dumps(TALKS).encode()}
 
 
 def packed(kind, name, content):

@@ -3,12 +3,11 @@ import ast
 import importlib
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, python
 
 ARROWS = {"world": set(), "moe": set(), "fit_laws": set(), "model": {"moe"}, "data": {"world"},
           "train": {"model", "data"}}
@@ -47,8 +46,7 @@ def test_the_top_level_trains_and_fits_alone(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(blocked)}
     for command in ("world.py", "train.py --tokens 2K --width 16 --val-rows 2 --device cpu",
                     "fit_laws.py table.csv --bootstrap 5"):
-        result = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, text=True,
-                                env=environment, capture_output=True)
+        result = python(*command.split(), cwd=tmp_path, env=environment)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs/demo/results.jsonl").is_file()
 
@@ -66,8 +64,7 @@ def test_every_tool_says_what_it_is_for(name, capsys):
 @pytest.mark.parametrize("checker", ["ruff check", "mypy"])
 def test_the_checkers_find_nothing(checker):
     """With the settings of pyproject.toml."""
-    done = subprocess.run([sys.executable, "-m", *checker.split()], cwd=ROOT, text=True,
-                          capture_output=True)
+    done = python("-m", *checker.split())
     assert done.returncode == 0, done.stdout + done.stderr
 
 

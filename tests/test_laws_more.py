@@ -12,7 +12,7 @@ from test_fit_laws import EARLY, SPARSE, planted
 from tools import figures, multiplier
 from tools import fit_tables as ft
 from tools import laws_more as more
-from tools.bench_fit import runs_of
+from tools.fit_tables import runs_of
 
 
 def mixtures(beta_of_last=0.335, noise=0.0):

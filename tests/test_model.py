@@ -1,16 +1,14 @@
 """python -m pytest tests/test_model.py   (about 10 seconds)"""
 import itertools
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import moe
-from helpers import (build, hidden, make_batch, one_line, parameters, read_weights, same, save_run,
-                     tiny)
+from helpers import (build, hidden, make_batch, one_line, parameters, python, read_weights, same,
+                     save_run, tiny)
 from model import (PRESETS, Model, ModelConfig, adopt, attention_mask, generate, head_loss,
                    on_meta, prompt_batch, rope_table, rotate, split_heads)
 from tools.sample import sampler
@@ -59,7 +57,7 @@ def test_flex_attention_equals_the_dense_mask():
 
 def test_import_does_not_wait_for_the_compiler():
     code = "import sys, model; sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert python("-c", code, timeout=60).returncode == 0
 
 
 @every_kind

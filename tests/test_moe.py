@@ -81,16 +81,6 @@ def test_a_compiled_layer_is_one_graph(monkeypatch):
     assert all_close(plain, fast, atol=2e-2)
 
 
-def test_one_expert_is_the_dense_layer():
-    m, (x, kind) = layer(experts=1), tokens()
-    dense = SwiGLU(W, H, 0)
-    dense.load_state_dict({f"{name}.weight": getattr(m, name)[0].detach()
-                           for name in ("w_gate", "w_up", "w_down")})
-    assert m(x, kind)[1].balance == (kind >= 0).sum(), "1 for each token"
-    a, b = (value_and_gradients(net, net, x, kind)[:2] for net in (m, dense))
-    assert all_close(a, b)
-
-
 def test_experts_start_as_the_dense_layer_does():
     torch.manual_seed(0)
     m, dense = MoE(128, 256, 3, 8), SwiGLU(128, 256, 3)
@@ -98,17 +88,6 @@ def test_experts_start_as_the_dense_layer_does():
         expected = getattr(dense, name).weight.std().item()
         for expert in getattr(m, name):
             assert expert.std().item() == pytest.approx(expected, rel=0.03)
-
-
-def test_router_takes_the_likeliest_and_does_not_renormalise():
-    m, (x, _) = layer(top_k=2), tokens()
-    gates, chosen, probs = route(x.flatten(0, 1), m.router, 2)
-    assert torch.allclose(probs.sum(-1), torch.ones(48))
-    assert torch.equal(gates, probs.gather(1, chosen)) and (gates.sum(-1) < 1).all()
-    left_out = probs.scatter(1, chosen, 0).amax(-1)
-    assert (gates >= left_out[:, None]).all()
-    one = route(x.flatten(0, 1), m.router, 1)
-    assert torch.equal(one[0], gates[:, :1]) and torch.equal(one[1], chosen[:, :1])
 
 
 def test_router_is_fp32_among_bf16():

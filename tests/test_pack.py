@@ -23,7 +23,7 @@ from PIL import Image, ImageFile
 import data
 import tools.pack
 from data import IMAGE, READ, DataConfig, Loader, Shards, crop_box, get_tokenizer
-from helpers import ROOT, one_line
+from helpers import ROOT, one_line, write_lines
 from model import ModelConfig
 from test_data import digest
 from tools.obelics import main as obelics_main
@@ -63,12 +63,6 @@ def write_tar(path, members):
     return path
 
 
-def write_lines(path, *lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
 def write_texts(path, *documents):
     return write_lines(path, *(json.dumps({"text": text}) for text in documents))
 
@@ -88,13 +82,9 @@ def pack_one(tmp_path, kind, path, **options):
     return meta, Shards(tmp_path / "out")
 
 
-def n_docs(shards, kind):
-    return len(shards.docs[kind])
-
-
 def texts(shards, kind):
     """Documents in bytes as readable strings, an image as one character."""
-    documents = (shards.tokens(kind, i) for i in range(n_docs(shards, kind)))
+    documents = (shards.tokens(kind, i) for i in range(len(shards.docs[kind])))
     return ["".join("▣" if t == IMAGE else chr(t) for t in ids) for ids in documents]
 
 
@@ -144,7 +134,7 @@ def test_text_survives_the_tokenizer(tmp_path, tokenizer):
 # ---- layouts
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def shared(tmp_path_factory):
     out = tmp_path_factory.mktemp("plain")
     pack({"caption": [str(VAL / "captions")], "interleaved": [str(VAL / "interleaved")]}, out,
          image_size=32, split="val", workers=1)
@@ -170,18 +160,18 @@ def test_packed_rows_are_the_recorded_ones(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["obelics_parquet", "obelics_jsonl", "mmc4", "openflamingo_wds"])
-def test_every_layout_gives_the_plain_documents(tmp_path, plain, folder):
+def test_every_layout_gives_the_plain_documents(tmp_path, shared, folder):
     pack({"interleaved": [str(ALT / folder)]}, tmp_path, image_size=32, split="val", workers=1)
     shards = Shards(tmp_path, "val")
     assert shards.meta["skipped"] == {}
-    assert n_docs(shards, "interleaved") == 60
+    assert len(shards.docs["interleaved"]) == 60
 
     def documents(source):
         for i, text in enumerate(texts(source, "interleaved")):
             images = [source.image("interleaved", i, j) for j in range(text.count("▣"))]
             yield "".join(text.split()), [x.tobytes() for x in images]
 
-    known, found = list(documents(plain)), list(documents(shards))
+    known, found = list(documents(shared)), list(documents(shards))
     if folder in ("mmc4", "openflamingo_wds"):  # their white space is lost, and an image can only
         assert sum(document in known for document in found) >= 56  # stand before a sentence
         bare = {text.replace("▣", "") for text, _ in known}
@@ -273,7 +263,7 @@ def test_questions_about_one_picture_are_in_one_split(tmp_path):
     path = write_lines(tmp_path / "a.json", json.dumps(records))
     _, train = pack_one(tmp_path, "conversation", path, val_fraction=0.4)
     reds = [{int(shards.image("conversation", i, 0)[0, 0, 0])
-             for i in range(n_docs(shards, "conversation"))}
+             for i in range(len(shards.docs["conversation"]))}
             for shards in (train, Shards(tmp_path / "out", "val"))]
     assert len(reds[0] | reds[1]) == 5 and not reds[0] & reds[1]
 
@@ -354,7 +344,7 @@ def test_cut_and_damaged_files(tmp_path):
     meta, shards = pack_one(tmp_path, "text", tmp_path)
     named = ("bad.jsonl.zst", "cut.jsonl.gz", "cut.jsonl.zst")
     assert skipped(meta) == {f"{DAMAGED} {name}": 1 for name in named}
-    assert n_docs(shards, "text") > 100
+    assert len(shards.docs["text"]) > 100
 
 
 def test_cut_tar(tmp_path):
@@ -374,10 +364,11 @@ def test_cut_tar(tmp_path):
 
 def test_user_mistakes_end_in_one_line(tmp_path, monkeypatch):
     notes = write_lines(tmp_path / "notes.md", "x")
-    text = write_texts(tmp_path / "a.jsonl", "")
+    text, blank = write_texts(tmp_path / "a.jsonl", ""), write_lines(tmp_path / "b.jsonl", "")
     for sources, message in (({"caption": [str(tmp_path / "*.tar")]}, "tar.*names no caption file"),
                              ({"text": [str(notes)]}, "notes.md.*names no text file"),
                              ({}, "nothing to pack.*--captions.*--conversations"),
+                             ({"text": [str(blank)]}, "the files hold no records"),
                              ({"text": [str(text)]}, "no document could be packed")):
         with pytest.raises(SystemExit, match=message):
             pack(sources, tmp_path / "out", image_size=16, workers=1)
@@ -386,8 +377,6 @@ def test_user_mistakes_end_in_one_line(tmp_path, monkeypatch):
     shards = pack_one(tmp_path, "text", write_texts(text, "x"))[1]
     with pytest.raises(SystemExit, match="--split val"):
         Shards(tmp_path / "out", "val")
-    with pytest.raises(SystemExit, match="a.jsonl.*choose another"):  # OUT is a file
-        pack({"text": [str(text)]}, text, image_size=16, workers=1)
     for content in ("", "[]", '{"tokenizer": 3}'):
         (tmp_path / "data.json").write_text(content)
         with pytest.raises(SystemExit, match="data.json is damaged"):
@@ -455,11 +444,11 @@ def test_a_picture_that_is_too_large_is_never_decoded(monkeypatch):
         assert load_image(bomb(side), 64) == "image too large"
 
 
-def test_crops_come_from_rng_alone(plain):
+def test_crops_come_from_rng_alone(shared):
     def crops(seed, **options):
         rng = np.random.default_rng(seed)
         return [x.tobytes() for i in range(8)
-                for x in plain.document("interleaved", i, 32, rng=rng, **options).images]
+                for x in shared.document("interleaved", i, 32, rng=rng, **options).images]
 
     assert crops(1, augment=True) == crops(1, augment=True) != crops(2, augment=True)
     assert crops(1) == crops(2)  # the centre crop draws nothing
@@ -530,7 +519,7 @@ def test_interrupt_keeps_nothing_half_written(tmp_path, monkeypatch):
         patch.setattr(tools.pack, "read_source", interrupted)
         pack_one(tmp_path, "text", path)
     assert not list((tmp_path / "out").rglob("*.json"))
-    assert n_docs(pack_one(tmp_path, "text", path)[1], "text") == 9
+    assert len(pack_one(tmp_path, "text", path)[1].docs["text"]) == 9
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -550,15 +539,15 @@ def test_names_do_not_collide_and_changed_files_are_packed_again(tmp_path):
             pack(sources, tmp_path / "out", val_fraction=0, workers=1, **options)
 
 
-def test_shards_count_pickle_and_fetch_in_part(plain):
-    total, sizes = plain.meta["splits"]["val"]["interleaved"], plain.docs["interleaved"][:, 2:]
+def test_shards_count_pickle_and_fetch_in_part(shared):
+    total, sizes = shared.meta["splits"]["val"]["interleaved"], shared.docs["interleaved"][:, 2:]
     assert sizes.shape == (total["docs"], 2)
     assert sizes.sum(0).tolist() == [total["tokens"] + total["images"], total["images"]]
     i = int(sizes[:, 1].argmax())
-    tokens = plain.tokens("interleaved", i)
+    tokens = shared.tokens("interleaved", i)
     assert [len(tokens), (tokens == IMAGE).sum()] == sizes[i].tolist() and sizes[i, 1] >= 3
-    twin, (_, second, third, *_) = pickle.loads(pickle.dumps(plain)), np.flatnonzero(tokens < 0)
-    whole = plain.document("interleaved", i, 32)
+    twin, (_, second, third, *_) = pickle.loads(pickle.dumps(shared)), np.flatnonzero(tokens < 0)
+    whole = shared.document("interleaved", i, 32)
     part = twin.document("interleaved", i, 32, second + 1, third + 3)  # 0 is the end-of-text
     assert part.tokens.tolist() == tokens[second:third + 2].tolist() and len(part.images) == 2
     assert all((a == b).all() for a, b in zip(part.images, whole.images[1:3]))

@@ -5,8 +5,6 @@ Ranks are gloo processes, and graphs are traced with aot_eager, which compiles n
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import model as model_file
 import moe as moe_module
 import train
-from helpers import ROOT, build, make_batch
+from helpers import ROOT, build, make_batch, python
 from model import PRESETS, ModelConfig
 
 TINY = ("--width 16 --depth 2 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 3 "
@@ -28,8 +26,7 @@ MOE = ["--fusion", "late", "--moe", "learned", "--experts", "4"]
 def launch(ranks, *command):
     """Runs a script under torchrun, or without it for one rank -> what it printed."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run([sys.executable, *torchrun * (ranks > 1), *command], text=True,
-                          timeout=300, capture_output=True)
+    done = python(*torchrun * (ranks > 1), *command, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -18,8 +18,8 @@ import torch
 
 import fit_laws
 import train
-from helpers import ROOT
-from test_pack import llava, picture, write_lines, write_tar, zstd
+from helpers import ROOT, write_lines
+from test_pack import llava, picture, write_tar, zstd
 from test_sample import open_lm_state
 from tools import sweep
 

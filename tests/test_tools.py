@@ -1,7 +1,6 @@
 """The tools that read runs: table, curves and score."""
 import json
 import re
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 import train
 from data import encode, expand, get_tokenizer
-from helpers import ROOT, one_line, write_rows
+from helpers import ROOT, one_line, python, write_rows
 from model import on_meta
 from test_pack import llava, picture
 from tools import board, curves, plan, score, sizes, sweep, table
@@ -353,8 +352,8 @@ def test_a_board_needs_a_run(tmp_path):
 
 def test_a_dry_run_says_what_a_run_takes_and_trains_nothing(tmp_path):
     """From any folder."""
-    command = [sys.executable, str(ROOT / "train.py"), "--dry-run", "--width", "16", "--tokens", "1M"]
-    said = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    flags = "--dry-run --width 16 --tokens 1M".split()
+    said = python(ROOT / "train.py", *flags, cwd=tmp_path).stdout
     assert "1,953 steps" in said and "time: 0:0" in said and "padding: 0" in said
     assert not list(tmp_path.iterdir())
 

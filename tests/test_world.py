@@ -2,13 +2,12 @@
 import collections
 import math
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import world as house
+from helpers import python
 from world import ACTS, COLOURS, COUNTS, GRID, QUESTIONS, VERBS, Answer, Question, World, Writer
 
 
@@ -193,6 +192,5 @@ def test_sprites_can_be_told_apart():
 
 
 def test_world_prints_its_documents_with_the_nats_of_each_choice():
-    command = [sys.executable, house.__file__, "conversation", "--seed", "1"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    out = python(house.__file__, "conversation", "--seed", "1").stdout
     assert "conversation: 0.000 nats" in out and "(a picture)" in out and "question: " in out
