@@ -1,8 +1,9 @@
 """Measure every speed mark of this project on the device at hand, in one run.
 
     python -m tools.bench                                           ten to fifteen minutes on a CPU
-    python -m tools.bench --runs 3 --json results/bench-cpu.json    the median of three runs
+    python -m tools.bench --json results/bench-cpu.json
     python -m tools.bench --only efficiency                         one table
+    python -m tools.bench --only parts          what each optimisation gains
 
 What is compared runs interleaved, A B C and then C B A, in one process. Each round gives one ratio,
 and we judge their median; the quartiles stand beside it. On a CPU the clock is the process's CPU
@@ -20,7 +21,6 @@ Dimensions: B rows, T context, W width, H heads, Hd head dim, L layers, P patche
 import contextlib
 import gc
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -45,8 +45,10 @@ from tqdm import tqdm
 
 import data
 import model as model_file
+import moe
 import train
-from model import Model, Output, ffn_hidden, generate, on_meta, prompt_batch, training_memory
+from model import (Model, Output, ffn_hidden, generate, on_meta, prompt_batch, rope_table, rotate,
+                   training_memory)
 from tools import markdown, need, usable_cores
 from tools.pack import pack
 
@@ -66,8 +68,8 @@ GPU_MARKS = {
 
 
 class Row:
-    """The median and the quartiles of one measured thing. samples: a value a round, or a run; None
-    if it was not measured here. mark: as "<= 1.05", or empty if the value is only told."""
+    """The median and the quartiles of one measured thing. samples: a value a round; None if it
+    was not measured here. mark: as "<= 1.05", or empty if the value is only told."""
 
     def __init__(self, what, samples, mark="", note=""):
         self.what, self.mark, self.note = what, mark, note
@@ -569,6 +571,111 @@ def scaling(bench):
               f"{1e3 * work:.0f} ms; all of it exposed: {work / (work + talk):.3f}")
 
 
+# ---- Parts of the 1M model -----------------------------------------------------------------------
+
+B, T, W, H, HIDDEN, V, E = 8, 256, 128, 4, 352, 264, 8  # 8 rows of 256
+
+
+def leaf(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+def both(kept, replaced, *inputs):
+    return backward(kept, *inputs), backward(replaced, *inputs)
+
+
+def backward(function, *inputs):
+    """Work for Bench.interleave: function(*inputs), and the gradients of its sum."""
+    leaves = [x for x in inputs if x.requires_grad]
+
+    def work(r):
+        y = function(*inputs)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+    return work
+
+
+def real_rope(x, rope):
+    with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
+        return rotate(x, rope)
+
+
+def one_matrix(x, weight, down):
+    gate, up = F.linear(x, weight).chunk(2, dim=-1)                              # (B,T,F) each
+    return F.linear(F.silu(gate) * up, down)
+
+
+def two_matrices(x, gate, up, down):
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def five_layers(q, k, v, mask):
+    return sum(F.scaled_dot_product_attention(q, k, v, attn_mask=mask) for _ in range(5))
+
+
+def dense_parts():
+    norm, index = nn.LayerNorm(W, bias=False), torch.randint(B * 100, (B, T))
+    x, down = leaf(B, T, W), leaf(W, HIDDEN)
+    at = torch.randperm(B * T)[:B * T * 7 // 10].sort()[0]  # 7 in 10 positions are targets
+    targets = torch.full((B * T,), -1).index_copy(0, at, at % V)
+    return {
+        "norm: layer_norm / rms_norm": both(norm, lambda x: F.rms_norm(x, (W,), norm.weight), x),
+        "gate and up: two matrices / one, then chunk":
+            (backward(two_matrices, x, leaf(HIDDEN, W), leaf(HIDDEN, W), down),
+             backward(one_matrix, x, leaf(2 * HIDDEN, W), down)),
+        "patches to positions: F.embedding / indexing":
+            both(lambda p: F.embedding(index, p), lambda p: p[index], leaf(B * 100, W)),
+        "head and loss: on targets / on all positions":
+            both(lambda x, w: F.cross_entropy(F.linear(F.embedding(at, x), w), targets[at]),
+                 lambda x, w: F.cross_entropy(F.linear(x, w), targets, ignore_index=-1),
+                 leaf(B * T, W), leaf(V, W)),
+    }
+
+
+def attention_parts():
+    """A row holds four documents of 64 positions; the first 16 of each are an image."""
+    at = torch.arange(T)
+    doc = (at // 64).expand(B, -1)                                               # (B,T)
+    mask = model_file.attention_mask(doc, torch.where(at % 64 < 16, doc, -1))    # (B,1,T,T)
+    return {
+        "rope: one complex product / four real ones":
+            both(rotate, real_rope, leaf(B, T, H, W // H), rope_table(T, W // H)),
+        "attention of five layers: mask as numbers once / as bool in each":
+            both(lambda *qkv: five_layers(*qkv, torch.where(mask, 0.0, -torch.inf)),
+                 lambda *qkv: five_layers(*qkv, mask), *(leaf(B, H, T, W // H) for _ in range(3))),
+    }
+
+
+def expert_parts():
+    order, load = torch.randperm(B * T), torch.full((E,), B * T // E)
+    inverse, flat = order.argsort(), leaf(B * T, W)
+    return {
+        "experts: loop / grouped_mm":
+            both(moe.looped_experts, moe.grouped_experts, flat, leaf(E, HIDDEN, W),
+                 leaf(E, HIDDEN, W), leaf(E, W, HIDDEN), load),
+        "slots by expert: permutation / indexing":
+            both(lambda x: moe.Reorder.apply(x, order, inverse), lambda x: x[order], flat),
+        "router, top-1: max / topk":
+            both(lambda p: p.max(-1)[0], lambda p: p.topk(1)[0], leaf(B * T, E)),
+    }
+
+
+def decoding():
+    network = Model(config_of({})).eval()
+    slower = torch.no_grad()(generate.__wrapped__)
+    return {"decoding: inference_mode / no_grad": tuple(
+        lambda r, run=run: run(network, [[0]], 64) for run in (generate, slower))}
+
+
+def parts(bench):
+    """Each optimisation that was kept, over the plainer way it replaced: forward and backward pass
+    of the part alone, at the shapes of the 1M model. Values are only told; no mark is set."""
+    groups = attention_parts(), dense_parts(), expert_parts(), decoding()
+    for what, (kept, replaced) in [pair for group in groups for pair in group.items()]:
+        took = bench.interleave({"kept": kept, "replaced": replaced}, 15)
+        each = [f"{1e3 * np.median(times):.2f}" for times in took.values()]
+        yield Row(what, took["kept"] / took["replaced"], note=f"{' and '.join(each)} ms")
+
+
 # ---- Marks of a GPU ------------------------------------------------------------------------------
 
 
@@ -615,6 +722,7 @@ MARKS = {  # name: (the kind of device it needs, function)
     "loading": ("cpu", loading), "overhead": ("cpu", overhead),
     "generation": ("cpu", generation), "parallel": ("cpu", parallel), "packing": ("any", packing),
     "slope": ("any", slope), "scaling": ("any", scaling), "efficiency": ("any", efficiency),
+    "parts": ("cpu", parts),
     "gpu275m": ("cuda", gpu_275m), "gpu932m": ("cuda", gpu_932m),
     "gpumemory": ("cuda", gpu_memory)}
 
@@ -628,16 +736,6 @@ def measure(bench, name, device, function):
         return list(function(bench))
     except (Exception, SystemExit) as error:  # no Pillow, say: the other marks are worth having
         return [Row(name, None, note=" ".join(str(error).split())[-200:])]
-
-
-def merge(runs):
-    """Rows of several whole runs -> rows whose samples are the runs' medians."""
-    told = {}
-    for row in itertools.chain(*runs):
-        told.setdefault(row.what, []).append(row)
-    return [Row(what, None if same[0].value is None else [row.value for row in same],
-                same[0].mark, same[-1].note) if len(same) > 1 else same[0]
-            for what, same in told.items()]
 
 
 def show(rows):
@@ -659,27 +757,20 @@ def hardware(machine):
     return f"{[*names, platform.processor()][0]}, {usable_cores()} cores"
 
 
-def main(argv=None, marks=MARKS, prog="python -m tools.bench", description=__doc__):
-    parser = train.Parser(prog=prog, description=description)
+def main(argv=None):
+    parser = train.Parser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("--json", help="write the rows to this file")
-    parser.add_argument("--only", default=",".join(marks), help="of " + ",".join(marks))
+    parser.add_argument("--only", default=",".join(MARKS), help="of " + ",".join(MARKS))
     parser.add_argument("--quick", action="store_true", help="two rounds: to see that it runs")
-    parser.add_argument("--runs", type=int, default=1, help="repeat, and judge the medians")
     args = parser.parse_args(argv)
     names = args.only.split(",")
-    data.check(set(names) <= set(marks) and args.runs > 0,
-               f"{prog}: --only takes some of {','.join(marks)}; --runs at least 1")
-    machine, runs = train.Machine.start("auto"), []
+    data.check(set(names) <= set(MARKS), f"--only takes some of {','.join(MARKS)}")
+    machine, rows = train.Machine.start("auto"), []
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
-        for n in range(args.runs):
-            runs.append([])
-            bench = Bench(machine, args.quick, Path(folder, str(n)))
-            bench.folder.mkdir()
-            for name in tqdm(names, f"run {n + 1} of {args.runs}"):
-                runs[-1] += measure(bench, name, *marks[name])
-    rows = merge(runs)
-    about = {"hardware": hardware(machine), "torch": torch.__version__, "runs": args.runs,
+        for name in tqdm(names):
+            rows += measure(Bench(machine, args.quick, Path(folder)), name, *MARKS[name])
+    about = {"hardware": hardware(machine), "torch": torch.__version__,
              "threads": torch.get_num_threads()}
     print(" ".join(f"{key}: {value}" for key, value in about.items()))
     show(rows)

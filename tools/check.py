@@ -129,9 +129,7 @@ def check_ranks(folder, rows, run, machine, ranks=1, flags=()):
             own, report = split_launcher(done.stderr)
             raise RuntimeError(own.strip() or report)
         return list(train.finished(out).values())[-1]["loss"]
-    if not (folder / "alone").exists():
-        loss("alone", 1, "80K")
-    alone = list(train.finished(folder / "alone").values())[-1]["loss"]
+    alone = loss("alone", 1, "80K")  # trained once
     return abs(loss(f"{ranks}{len(flags)}", ranks, "40K,80K", *flags) / alone - 1)
 
 
@@ -185,10 +183,8 @@ def speed(run, machine):
 
 
 def main(argv=None):
-    words = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        raise SystemExit
+    parser = train.Parser(prog="python -m tools.check", description=__doc__)
+    _, words = parser.parse_known_args(argv)
     cuda = torch.cuda.is_available()
     if cuda and not any(word.startswith("--preset") for word in words):
         words += ["--preset", "275m"]
