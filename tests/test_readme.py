@@ -178,7 +178,7 @@ def test_the_lecture_runs_with_its_exercises(workplace, monkeypatch):
     answers = re.findall(r"`(python [^`]+)`", LECTURE)
     todo = commands(LECTURE) + [" ".join(command.split()) for command in answers]
     for command in todo:
-        words = [sys.executable, *shlex.split(command)[1:]]
+        words = words_of(command, workplace)
         if "--dry-run" not in words:
             words = small(words)
             if "--tokens" in words:  # it trains

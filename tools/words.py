@@ -51,7 +51,7 @@ def contributions(model, kind, documents):
         batch = collate(rows[i:i + 64], cfg.patch_size)
         losses.append(model({k: v.to(model.rope.device) for k, v in batch.items()}).token_loss)
     losses, words = torch.cat(losses).cpu().numpy(), np.array(words)
-    return {word: losses[words == word].sum() / len(losses) for word in sorted({*words})}
+    return {word: losses[words == word].sum() / len(losses) for word in {*words}}
 
 
 def main(argv=None):
@@ -68,12 +68,14 @@ def main(argv=None):
             sums.append(contributions(model, kind, args.documents))
     rows = []
     for kind, sums in found.items():
-        table = np.array([[*each.values(), sum(each.values())] for each in sums])  # (runs, words)
+        words = sorted(set().union(*sums))  # a shorter context holds fewer documents
+        table = np.array([[*(each.get(word, 0) for word in words), sum(each.values())]
+                          for each in sums])                                     # (runs, words + 1)
         spread = table.std(0, ddof=1) if len(sums) > 1 else np.full(len(table[0]), np.nan)
         total = table[:, -1].mean()
         rows += [[kind, word, f"{mean:.3f}", f"{100 * mean / total:.0f} %",
                   f"{100 * sd / total:.1f} %"]
-                 for word, mean, sd in zip([*sums[0], "all"], table.mean(0), spread)]
+                 for word, mean, sd in zip([*words, "all"], table.mean(0), spread)]
     print(markdown(["kind", "words", "nats a byte", "of the loss", f"{len(args.runs)} runs differ"],
                    rows))
 
