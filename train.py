@@ -430,7 +430,7 @@ class Trainer:
 
     def __init__(self, run, machine):
         self.run, self.machine, self.step = run, machine, 0
-        self.rows, self.accumulation = machine.share(divide_step(run, machine))  # of one card
+        self.rows, self.accumulation = machine.share(divide_step(run, machine))  # rank 0's
         torch.manual_seed(run.train.seed)  # the same weights on every rank and device
         self.model = Model(run.model)
         self.adopt_weights()

@@ -143,7 +143,7 @@ def test_every_preset_fits_or_says_what_would(memory, ranks, moe):
 
 
 def test_what_is_known_to_fit_fits():
-    """932m on one 80 GB card, 3.35b on eight; 8.13b and large MoE only in shards."""
+    """932m on one 80 GB card, 3.35b on eight in shards; 8.13b and large MoE only in shards."""
     def rows(preset, ranks=1, shard=False, **changes):
         sizes = {k: v for k, v in PRESETS[preset].items() if k != "lr"}
         machine = train.Machine(torch.device("cuda"), 0, ranks, memory=80e9)

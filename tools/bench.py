@@ -16,7 +16,7 @@ Causality is counted once: attention is 6 L W T a position, half of all pairs (w
 out and images add is not counted). The encoder's is 12 L W P, because every patch sees every other.
 
 Dimensions: B rows, T context, W width, H heads, Hd head dim, L layers, P patches of an image,
-            V vocabulary, h, w height and width of a picture.
+            V vocabulary, E experts, h, w height and width of a picture.
 """
 import contextlib
 import gc
@@ -600,7 +600,7 @@ def real_rope(x, rope):
 
 
 def one_matrix(x, weight, down):
-    gate, up = F.linear(x, weight).chunk(2, dim=-1)                              # (B,T,F) each
+    gate, up = F.linear(x, weight).chunk(2, dim=-1)                              # (B,T,HIDDEN) each
     return F.linear(F.silu(gate) * up, down)
 
 

@@ -1,10 +1,11 @@
 """The measured tables of results/fits.md: what fit_laws.py finds where the answer is known.
 
-    python -m tools.fit_tables TABLES          all of it, a quarter of an hour on one core
+    OMP_NUM_THREADS=1 python -m tools.fit_tables TABLES     a quarter of an hour on one core
     python -m tools.fit_tables TABLES --studies 40 --resamples 400 --out fits.md
 
 TABLES is a folder of published tables, one csv file for each name in `published`, with columns N,
-D and loss. They are for checking only, and are not part of this project.
+D and loss (chinchilla_epoch: kept240, too, 1 for the rows that its authors fit). They are for
+checking only, and are not part of this project.
 """
 
 # n rows (runs), K resamples or studies, Q budgets.
@@ -338,7 +339,7 @@ give it to 1 in 1000. Its regression column differs by the steps of a grid of D.
 
 SPEED = """## Speed
 
-chinchilla_epoch, 240 rows, one thread, one run of this page. Ours is L-BFGS-B on
+chinchilla_epoch, 240 rows, one thread, measured while this page was made. Ours is L-BFGS-B on
 a centred problem, divided by delta, with the exact gradient; the usual call is scipy's with its
 defaults: not centred, not divided, gradient by differences."""
 

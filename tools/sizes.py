@@ -51,7 +51,7 @@ def print_sizes(budgets):
             cfg = ModelConfig(**{k: v for k, v in sizes.items() if k != "lr"}, moe=moe)
             model = on_meta(cfg)
             n, flops = model.num_params(), model.flops(1, IMAGE_SHARE)
-            (whole, row), (divided, _) = training_memory(cfg), training_memory(cfg, 8, True)
+            (whole, row), (divided, _) = training_memory(cfg, 8), training_memory(cfg, 8, True)
             numbers = (n["N"], n["N_vision"], n["N_total"], flops, whole, divided, row,
                        *(budget / flops for budget in budgets))
             kind = cfg.fusion + " moe" * (moe != "none")
@@ -59,8 +59,8 @@ def print_sizes(budgets):
             print((line + len(budgets) * "{:9.1f}").format(name, kind, cfg.width, cfg.vision_width,
                                                 *(x / 1e9 for x in numbers)))
     print("N, N_v, N_total: billions of parameters (N without encoder, of experts the active);\n"
-          "GFLOP to train on a token; DDP, FSDP/8: GB a GPU without activations; row: GB for each\n"
-          "row of 1024 tokens; the last columns: billions of tokens for so many FLOPs")
+          "GFLOP to train on a token; DDP, FSDP/8: GB a GPU of 8 without activations; row: GB for\n"
+          "each row of 1024 tokens; the last columns: billions of tokens for so many FLOPs")
 
 
 def positions(data, model):

@@ -1,10 +1,11 @@
-"""Which words of the procedural world cost a model its loss, and in which its seeds differ.
+"""Which words of the procedural world a model's loss comes from, and in which its seeds differ.
 
     python -m tools.words runs/demo/early-w16-d4-4M-s*
 
 The loss of a kind of documents is the sum of what its colours, names, verbs, values, acts and all
-other letters contribute, in nats a byte of the kind. Words behind a second picture are told apart.
-Of several runs it prints the mean, and the standard deviation in per cent of the kind's loss.
+other letters contribute, in nats a byte of the kind. Words after a second picture are told apart.
+Of several runs it prints the mean, and the standard deviation in per cent of the kind's loss. The
+runs need one --context, because documents that do not fit it are left out.
 """
 import random
 import re
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from data import PRETRAINING, Row, check, collate, encode, get_tokenizer
-from tools import markdown
+from tools import end_with_the_pipe, markdown
 from tools.sample import load_model
 from train import Parser
 from world import ACTS, COLOURS, VERBS, World
@@ -45,7 +46,8 @@ def contributions(model, kind, documents):
         if row.add(encode(parts, encoding, costs), whole=True):
             rows.append(row)
             words += words_of(parts, world)
-    check(rows, f"--context {cfg.context}: no {kind} document of the world fits")
+    if not rows:  # no document of this kind fits the context
+        return {"nothing fits": np.nan}
     losses = []
     for i in range(0, len(rows), 64):
         batch = collate(rows[i:i + 64], cfg.patch_size)
@@ -59,6 +61,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", help="folders of runs, each with a ckpt.pt")
     parser.add_argument("--documents", type=int, default=400, help="of each kind (default: 400)")
     args = parser.parse_args(argv)
+    check(args.documents > 0, f"--documents {args.documents}: need at least 1")
     found = {kind: [] for kind in PRETRAINING}
     for run in args.runs:
         model, data = load_model(run)
@@ -68,17 +71,18 @@ def main(argv=None):
             sums.append(contributions(model, kind, args.documents))
     rows = []
     for kind, sums in found.items():
-        words = sorted(set().union(*sums))  # a shorter context holds fewer documents
+        words = sorted(set().union(*sums))
         table = np.array([[*(each.get(word, 0) for word in words), sum(each.values())]
                           for each in sums])                                     # (runs, words + 1)
-        spread = table.std(0, ddof=1) if len(sums) > 1 else np.full(len(table[0]), np.nan)
+        spread = table.std(0, ddof=min(1, len(sums) - 1))  # of one run, 0
         total = table[:, -1].mean()
         rows += [[kind, word, f"{mean:.3f}", f"{100 * mean / total:.0f} %",
                   f"{100 * sd / total:.1f} %"]
                  for word, mean, sd in zip([*words, "all"], table.mean(0), spread)]
-    print(markdown(["kind", "words", "nats a byte", "of the loss", f"{len(args.runs)} runs differ"],
-                   rows))
+    head = ["kind", "words", "nats a byte", "of the loss", f"deviation of {len(args.runs)}"]
+    print(markdown(head, rows))
 
 
 if __name__ == "__main__":
+    end_with_the_pipe()
     main()
