@@ -825,6 +825,7 @@ def compile_blocks(model):
     """Compiles each block, not the model: seconds of start-up instead of minutes, and the head's
     changing number of targets recompiles nothing."""
     torch.compiler.reset()  # otherwise a later budget finds the cache full and runs uncompiled
+    gc.collect()  # a compiled model is a cycle, and that of the budget before would fill the GPU
     # All blocks share one cache, and late fusion has 6 graphs (encoder, decoder; training, not).
     torch._dynamo.config.recompile_limit = 32
     torch._dynamo.config.optimize_ddp = False  # it would cut each block where DDP's buckets end
@@ -925,7 +926,6 @@ def show_sample(trainer):
 
 def train_one(run, machine):
     """Trains one run and appends its line to results.jsonl. False if it was asked to stop."""
-    gc.collect()  # a compiled model is a cycle, and that of the budget before would fill the GPU
     trainer = Trainer(run, machine)
     trainer.begin()
     status = train(trainer)
