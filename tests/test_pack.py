@@ -371,7 +371,7 @@ def test_user_mistakes_end_in_one_line(tmp_path, monkeypatch):
                              ({"text": [str(blank)]}, "the files hold no records"),
                              ({"text": [str(text)]}, "no document could be packed")):
         with pytest.raises(SystemExit, match=message):
-            pack(sources, tmp_path / "out", image_size=16, workers=1)
+            pack(sources, tmp_path / "mistakes", image_size=16, workers=1)
     with pytest.raises(SystemExit, match="python -m tools.pack"):
         Shards(tmp_path / "nowhere")
     shards = pack_one(tmp_path, "text", write_texts(text, "x"))[1]
