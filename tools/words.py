@@ -13,44 +13,49 @@ import re
 import numpy as np
 import torch
 
-from data import PRETRAINING, Row, check, collate, encode, get_tokenizer
+from data import PRETRAINING, DataConfig, Procedural, check, collate, encode
 from tools import end_with_the_pipe, markdown
 from tools.sample import load_model
 from train import Parser
-from world import ACTS, COLOURS, VERBS, World
+from world import ACTS, COLOURS, VERBS
 
 
-def words_of(parts, world):
+def vocabulary(world):
+    """{word: what it is}; no word is two things."""
+    known = {"colour": COLOURS, "verb": VERBS, "act": ACTS, "value": world.values,
+             "name": world.names}
+    return {word: what for what, words in known.items() for word in words}
+
+
+def words_of(parts, known):
     """The parts of a document -> what the word is that each of its bytes belongs to."""
-    known = {"colour": {*COLOURS}, "verb": {*VERBS}, "act": {*ACTS}, "value": {*world.values},
-             "name": {*world.names}}
     found, pictures = [], 0
     for part in parts:
         if not isinstance(part, str):
             pictures += 1
             continue
         for word in re.findall(r"[a-z]+|[^a-z]", part):
-            what = next((what for what, words in known.items() if word in words), "other")
+            what = known.get(word, "other")
             found += [f"change: {what}" if pictures > 1 else what] * len(word)
     return [*found, "other"]  # the end-of-text
 
 
 @torch.no_grad()
-def contributions(model, kind, documents):
-    """{word: nats a byte of this kind} over the first validation documents of the world."""
-    encoding, cfg, rng = get_tokenizer(), model.cfg, random.Random(f"val/{kind}")
-    world, rows, words = World(cfg.image_size), [], []
+def contributions(model, source, kind, documents):
+    """{word: nats a byte of this kind} over the source's first validation documents."""
+    rng, rows, words = random.Random(f"val/{kind}"), [], []
+    known = vocabulary(source.world)
     for _ in range(documents):
-        parts, costs = world.document(kind, rng, "val")
-        row = Row(cfg.context, cfg.n_patches, encoding.eot_token)
-        if row.add(encode(parts, encoding, costs), whole=True):
+        parts, _ = source.world.document(kind, rng, "val")
+        row = source.new_row()
+        if row.add(encode(parts, source.encoding), whole=True):
             rows.append(row)
-            words += words_of(parts, world)
+            words += words_of(parts, known)
     if not rows:  # no document of this kind fits the context
         return {"nothing fits": np.nan}
     losses = []
     for i in range(0, len(rows), 64):
-        batch = collate(rows[i:i + 64], cfg.patch_size)
+        batch = collate(rows[i:i + 64], model.cfg.patch_size)
         losses.append(model({k: v.to(model.rope.device) for k, v in batch.items()}).token_loss)
     losses, words = torch.cat(losses).cpu().numpy(), np.array(words)
     return {word: losses[words == word].sum() / len(losses) for word in {*words}}
@@ -67,8 +72,9 @@ def main(argv=None):
         model, data = load_model(run)
         check(data["data"] == "procedural", f"{run}: trained on {data['data']}; name a run of the "
               "procedural world, which alone tells what a word is")
+        source = Procedural(DataConfig(), 0, model.cfg)
         for kind, sums in found.items():
-            sums.append(contributions(model, kind, args.documents))
+            sums.append(contributions(model, source, kind, args.documents))
     rows = []
     for kind, sums in found.items():
         words = sorted(set().union(*sums))
