@@ -7,9 +7,8 @@
 
 Budgets (--tokens) share one trunk at constant learning rate and branch off it for their cooldowns
 (Haegele et al. 2024; paper, section 4.1). A run that is finished is skipped, one that was
-interrupted goes on where it stopped, and a longer budget starts from the trunk of a shorter one,
-today's or yesterday's. --dry-run says what a run would take, and trains nothing; its --gpus names
-their number, the card, the MFU and the dollars an hour. To train many models: tools.sweep.
+interrupted goes on where it stopped, and a longer budget starts from the trunk of a shorter one.
+--dry-run only says what a run takes on --gpus NUMBERxCARDxMFUxDOLLARS. For many runs: tools.sweep.
 """
 import argparse
 import ast
@@ -29,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from collections import ChainMap
@@ -87,15 +87,13 @@ class TrainConfig:
 
     def __post_init__(self):
         check(self.preset in SIZES, f"--preset {self.preset}: need one of {', '.join(SIZES)}")
+        words = {"compile": "auto on off", "attention": "auto dense", "experts_by": "auto loop"}
         for name, value in vars(self).items():
+            flag, known = f"--{name.replace('_', '-')} {value}", words.get(name)
             least = 1 if name in ("tokens_per_step", "save_every") else 0
-            check(isinstance(value, str) or value >= least,
-                  f"--{name.replace('_', '-')} {value} is below {least}")
+            check(isinstance(value, str) or value >= least, f"{flag} is below {least}")
+            check(not known or value in known.split(), f"{flag}: need one of {known}")
         check(self.cooldown <= 1, f"--cooldown {self.cooldown} is not a share between 0 and 1")
-        for flag, value, words in (("compile", self.compile, ("auto", "on", "off")),
-                                   ("attention", self.attention, ("auto", "dense")),
-                                   ("experts-by", self.experts_by, ("auto", "loop"))):
-            check(value in words, f"--{flag} {value}: need {' or '.join(words)}")
 
     def sources(self):
         """The runs that the decoder and the vision part start from, if any. {seed} stands for this
@@ -328,6 +326,7 @@ class Machine:
         if "RANK" in os.environ:
             # two hours, because rank 0 alone reads and writes checkpoints, of up to 100 GB
             dist.init_process_group("nccl" if machine.is_cuda else "gloo",
+                                    device_id=machine.device if machine.is_cuda else None,
                                     timeout=timedelta(hours=2))
         return machine
 
@@ -442,8 +441,9 @@ class Trainer:
         self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
         if self.compiled:
             compile_blocks(self.model)
-        self.model.flex = (self.compiled and machine.is_cuda and run.train.attention == "auto"
-                           and run.model.head_dim >= 16)  # FlexAttention knows no smaller heads
+        # FlexAttention knows no smaller heads, and in fp32 (a T4) the larger ones find no room
+        self.model.flex = (self.compiled and run.train.attention == "auto"
+                           and run.model.head_dim >= 16 and machine.dtype == torch.bfloat16)
         for module in self.model.modules():
             if hasattr(module, "loop"):  # a mixture of experts
                 module.loop = run.train.experts_by == "loop"
@@ -457,8 +457,7 @@ class Trainer:
         self.stopped = False  # this rank or another was, and all of them know it
         self.clock = None  # when the last step ended: in the first, torch compiles and allocates
         self.val = {}  # the last validation
-        self.stats = {"padding": 0, "D_vision": 0, "targets_per_token": 0.0, "timed": 0,
-                      "spent": 0.0}
+        self.stats = dict.fromkeys("padding D_vision targets_per_token timed spent".split(), 0)
         if machine.is_cuda:
             torch.cuda.reset_peak_memory_stats(machine.device)
 
@@ -608,6 +607,7 @@ def distribute(model, shard, machine):
     Inputs keep their dtype, because RoPE's angles in bf16 would not tell positions apart."""
     if shard:
         check(machine.ranks > 1, "--shard divides a model over several GPUs: start it by torchrun")
+        torch._dynamo.config.specialize_int = True  # or late fusion's two head dims are variables
         policy = MixedPrecisionPolicy(machine.dtype, torch.float32, cast_forward_inputs=False)
         mesh = dist.init_device_mesh(machine.device.type, (machine.ranks,))
         for module in [m for m in model.modules() if isinstance(m, Block)] + [model]:
@@ -829,6 +829,7 @@ def compile_blocks(model):
     # All blocks share one cache, and late fusion has 6 graphs (encoder, decoder; training, not).
     torch._dynamo.config.recompile_limit = 32
     torch._dynamo.config.optimize_ddp = False  # it would cut each block where DDP's buckets end
+    warnings.filterwarnings("ignore", "TensorFloat32")  # the router's fp32 is on purpose
     for module in model.modules():
         if isinstance(module, Block):
             module.compile()

@@ -216,6 +216,35 @@ def test_ddp_does_not_cut_compiled_blocks(monkeypatch, tmp_path):
         dist.destroy_process_group()
 
 
+def test_fsdp_leaves_head_dims_numbers(monkeypatch):
+    """Late fusion has two, which torch.compile would read as one variable in FSDP's modules, and
+    FlexAttention would not compile."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with torch._dynamo.config.patch(specialize_int=False):  # distribute sets it
+            model = build(fusion="late", width=64)
+            machine = train.Machine(torch.device("cpu"), 0, 2)
+            train.distribute(model, True, machine)
+            split = []
+
+            def backend(graph, inputs):
+                split.extend(node.args[2] for node in graph.graph.find_nodes(
+                    op="call_method", target="unflatten") if len(node.args) == 3)
+                return graph
+            torch.compiler.reset()
+            for module in model.modules():
+                if isinstance(module, model_file.Block):
+                    module.compile(backend=backend)
+            with torch.no_grad():
+                model(make_batch(model.cfg, BATCHES[0]))
+        dims = {sizes[1] for sizes in split} - {2}  # RoPE's pairs
+        assert dims == {model.cfg.head_dim, model_file.split_heads(model.cfg.encoder_width)}
+        assert len(dims) == 2
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_block_masks_of_other_batches_compile_nothing_anew(monkeypatch):
     model = build(context=128)
