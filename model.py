@@ -409,8 +409,8 @@ def training_memory(cfg, ranks=1, shard=False):
     of micro-steps add up beside them. FSDP divides the 16 by the ranks, and gathers embedding, head
     and two blocks at a time, with their gradients. The head has 14 bytes for each logit of a chunk
     and 12 for each weight. Activations: 24 bytes for each token, layer and unit of width and 6 for
-    each unit of ffn hidden; with checkpointing the input of each layer and one layer in full. These
-    are estimates from reading the code (an encoder has 3/4 of the positions); see tools.check."""
+    each unit of ffn hidden (an encoder: 40 at 3/4 of the positions); with checkpointing the input
+    of each layer and one layer in full. A step takes 0.6 to 1.07 of it (results/speed.md)."""
     model, width, depth = on_meta(cfg), cfg.width, cfg.depth
     total, words = model.num_params()["N_total"], cfg.vocab_size * width
     block = sum(p.numel() for p in model.blocks[0].parameters())

@@ -318,6 +318,7 @@ class Machine:
                           f"{name.split(':')[0]} x{torch.get_num_threads()} threads")
         if machine.is_cuda:
             torch.cuda.set_device(machine.device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans a second for each new shape
             card = torch.cuda.get_device_properties(machine.device)
             peak = next((peak for known, (peak, _) in CARDS.items() if known in card.name), 0)
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -889,8 +890,7 @@ def peak_memory(machine):
 
 
 def git_commit():
-    """The commit of the code that trains, with -dirty after an edit; "" outside a repository, None
-    without git."""
+    """The commit of the code that trains, -dirty after an edit; "" or None where there is none."""
     command = "git describe --always --dirty --exclude=*".split()
     with contextlib.suppress(OSError):  # no git here
         return subprocess.run(command, cwd=Path(__file__).resolve().parent, text=True,
