@@ -126,10 +126,9 @@ def load_balancing_loss(load, probs) -> torch.Tensor:
 
 
 def grouped_mm_is_fast(x, w_down):
-    """Whether torch has a kernel of its own for grouped_mm here: bf16 on Hopper, torch 2.10 or
-    newer, rows of a multiple of 16 bytes. Elsewhere it is no faster than our loop, and on Blackwell
-    an expert without tokens makes its gradients wrong (pytorch issue 172439). torch.compile knows
-    all of this while it traces. `python -m tools.check` compares both ways on your GPU."""
+    """Whether torch has its own kernel for grouped_mm here: bf16 on Hopper, from torch 2.10 on,
+    rows of a multiple of 16 bytes. Elsewhere it is no faster than our loop, and on Blackwell an
+    idle expert makes its gradients wrong (pytorch issue 172439). tools.check compares the two."""
     if not (x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")):
         return False
     aligned = all(size % 8 == 0 for size in w_down.shape[1:])  # 8 numbers of 2 bytes
@@ -147,6 +146,7 @@ def grouped_experts(x, w_gate, w_up, w_down, load):
     return F.grouped_mm(hidden, w_down, offs=ends)                               # (S,W)
 
 
+@torch.compiler.disable  # or each expert that is idle for once would compile another graph
 def looped_experts(x, w_gate, w_up, w_down, load):
     """The same, one expert after another. On a GPU tolist() waits for the device."""
     outputs, slices = [], x.split(load.tolist())
