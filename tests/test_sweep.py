@@ -38,6 +38,13 @@ def test_a_grid_is_the_product_of_its_lists_and_budgets_stay_together():
     assert all(run.data.augment > run.data.flip for _, runs in jobs for run in runs)
 
 
+def test_a_span_of_seeds_is_their_list():
+    jobs = sweep.parse_grid([*TINY, "--width", "16", "--seed", "1,4..6", "--out", "../1..2"])
+    assert sorted(run.train.seed for _, (run,) in jobs) == [1, 4, 5, 6]
+    assert {run.train.out for _, (run,) in jobs} == {"../1..2"}
+    assert "6..4" in one_line(SystemExit, sweep.parse_grid, [*TINY, "--seed", "6..4"])
+
+
 def test_a_sweep_trains_every_run_once_and_skips_what_is_finished(tmp_path):
     """One of its runs diverges, which is a result and stops nothing."""
     flags = ["--width", "16,24", "--lr", "1e-3,1e30", "--grad-clip", "1e30", "--tokens", "3K,5K"]

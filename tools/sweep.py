@@ -1,19 +1,20 @@
 """Train many models: one train.py for each combination of comma-separated values.
 
-    python -m tools.sweep --fusion early,late --width 16,32 --tokens 1M,2M --seed 0,1 --out runs/x
+    python -m tools.sweep --fusion early,late --width 16,32 --tokens 1M,2M --seed 0..4 --out runs/x
     python -m tools.sweep ... --part 2/4        on the second of four machines that share a study
     python -m tools.sweep ... --ranks 8         each model on eight GPUs, one model after the other
     python -m tools.sweep ... --dry-run --gpus 8xh100x0.4x2.5       what all of it would take
 
-Budgets (--tokens) stay together, because they share a trunk. A machine with GPUs trains one model
-on each of them, or on --ranks of them by torchrun; a CPU trains one a core, each on one thread,
-because two threads on one small model are slower than two models on a thread each. What a run says
-goes to OUT/logs/RUN.log. All other flags go to train.py. Stop it when you like: the same command
-goes on where it stopped.
+0..4 is short for 0,1,2,3,4. Budgets (--tokens) stay together, because they share a trunk. A machine
+with GPUs trains one model on each of them, or on --ranks of them by torchrun; a CPU trains one a
+core, each on one thread, because two threads on one small model are slower than two models on a
+thread each. What a run says goes to OUT/logs/RUN.log. All other flags go to train.py. Stop it when
+you like: the same command goes on where it stopped.
 """
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def parse_grid(words):
             check(grid and grid[flag] is None, f"sweep: {word!r} follows no flag; put commas "
                   "between several values, as in --width 8,16")
             grid[flag] = word
-    lists = [[value] if value is None or flag == "--tokens" else value.split(",")
+    lists = [[value] if value is None or flag == "--tokens" else values_of(value)
              for flag, value in grid.items()]
     jobs = {}
     for values in itertools.product(*lists):
@@ -51,6 +52,16 @@ def parse_grid(words):
               f"some flag says how and not what to train ({', '.join(train.HOW)})")
         jobs[name] = argv, runs
     return sorted(jobs.values(), key=lambda job: cost(job[1][-1]), reverse=True)
+
+
+def values_of(text):
+    """"1,4..6" -> ["1", "4", "5", "6"]."""
+    values = []
+    for part in text.split(","):
+        ends = re.fullmatch(r"(\d+)\.\.(\d+)", part)
+        several = range(int(ends[1]), int(ends[2]) + 1) if ends else ()
+        values += map(str, several or [part])
+    return values
 
 
 def cost(run):
