@@ -20,9 +20,9 @@ def pairs(early, late=(1.0, 1.1, 1.2), width=16, **more):
             for seed, loss in enumerate(losses)]
 
 
-def verdicts(capsys, tmp_path, rows):
+def verdicts(capsys, tmp_path, rows, *flags):
     """{the paper's claim: cells of its line}; of one that was not measured there are no cells."""
-    scoreboard.main([write_rows(tmp_path / "rows.jsonl", rows)])
+    scoreboard.main([write_rows(tmp_path / "rows.jsonl", rows), *flags])
     lines = [line.strip("| \n").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     found = {cells[1]: cells for cells in lines if len(cells) == 5}
     missing = next(cells[0] for cells in lines if cells[0].startswith("Not measured"))
@@ -45,6 +45,12 @@ def test_a_verdict_follows_from_the_interval_of_the_pairs(early, verdict, capsys
     per_cent = 100 * (np.array(early) / (1.0, 1.1, 1.2)[:len(early)] - 1)
     half = table.stats.t.ppf(0.975, 2) * per_cent.std(ddof=1) / 3 ** 0.5
     assert cells[2].startswith(f"{per_cent.mean():+.1f} [{per_cent.mean() - half:+.1f}")
+
+
+def test_the_loss_of_one_kind_takes_the_place_of_the_mean(capsys, tmp_path):
+    rows = [row | {"loss_text": 3 - row["loss"]} for row in pairs((0.9, 1.0, 1.07))]
+    assert "replicates" in verdicts(capsys, tmp_path, rows)[LEAD][-1]
+    assert "does not" in verdicts(capsys, tmp_path, rows, "--loss", "loss_text")[LEAD][-1]
 
 
 def test_so_many_seeds_decide():

@@ -1,7 +1,7 @@
 """The paper's findings beside our runs: a table of verdicts that follow from rows by one rule.
 
     python -m tools.scoreboard results/experiments.jsonl
-    python -m tools.scoreboard runs/pairs runs/moe
+    python -m tools.scoreboard runs/pairs runs/moe --loss loss_text
 
 A finding compares two settings in pairs of runs with the same seed, and so the same data in the
 same order, and all else equal. A difference is in per cent of the loss, or in points of accuracy.
@@ -143,9 +143,13 @@ def judge(x, sign):
 def main(argv=None):
     parser = Parser(prog="python -m tools.scoreboard", description=__doc__)
     parser.add_argument("paths", nargs="+", help="rows with their study, or folders of studies")
-    rows = read(parser.parse_args(argv).paths)
-    lines, missing = [], []
+    parser.add_argument("--loss", default="loss", help="of one kind of documents, as loss_text, "
+                        "where the finding is about the mean over kinds")
+    args = parser.parse_args(argv)
+    rows, lines, missing = read(args.paths), [], []
     for finding in FINDINGS:
+        if finding.metric == "loss":
+            finding = finding._replace(metric=args.loss)
         x = by_seed(differences([r for r in rows if r["study"] == finding.study], finding))
         if len(x) < 2:
             missing.append(f"{finding.claim} ({finding.section})")
