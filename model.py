@@ -401,16 +401,16 @@ def on_meta(cfg):
         return Model(cfg)
 
 
-def training_memory(cfg, ranks=1, shard=False):
-    """Bytes on a GPU (bf16 activations): whatever the micro-batch is, and for each of its rows.
+def training_memory(cfg, ranks=1, shard=False, dtype=torch.bfloat16):
+    """Bytes on a GPU: whatever the micro-batch is, and for each of its rows (activations: dtype).
 
     A parameter has 4 bytes of weight, 4 of gradient and 8 of Adam's moments, and 2 of its copy in
     bf16, which the backward pass needs. DDP adds 4 for the gradients that it sends, because those
     of micro-steps add up beside them. FSDP divides the 16 by the ranks, and gathers embedding, head
     and two blocks at a time, with their gradients. The head has 14 bytes for each logit of a chunk
-    and 12 for each weight. Activations: 24 bytes for each token, layer and unit of width and 6 for
-    each unit of ffn hidden (an encoder: 40 at 3/4 of the positions); with checkpointing the input
-    of each layer and one layer in full. A step takes 0.6 to 1.07 of it (results/speed.md)."""
+    and 12 for each weight. Activations (bf16): 24 bytes for each token, layer and unit of width and
+    6 for each unit of ffn hidden (an encoder: 40 at 3/4 of the positions); with checkpointing the
+    input of each layer and one layer in full. A step takes 0.6 to 1.07 of it (results/speed.md)."""
     model, width, depth = on_meta(cfg), cfg.width, cfg.depth
     total, words = model.num_params()["N_total"], cfg.vocab_size * width
     block = sum(p.numel() for p in model.blocks[0].parameters())
@@ -422,7 +422,7 @@ def training_memory(cfg, ranks=1, shard=False):
     layers = depth * layer
     if cfg.checkpointing:
         layers, vision = 1.4 * layer + 4 * depth * width, vision / 10
-    return fixed, cfg.context * (16 * width + layers + vision)
+    return fixed, cfg.context * (16 * width + layers + vision) * dtype.itemsize / 2
 
 
 def gather(table, index):

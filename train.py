@@ -668,7 +668,7 @@ def divide_step(run, machine):
 
 def rows_that_fit(model, machine, shard):
     """Rows of a micro-batch in 0.92 of the GPU's memory; the rest is the allocator's and CUDA's."""
-    fixed, row = training_memory(model, machine.ranks, shard)
+    fixed, row = training_memory(model, machine.ranks, shard, machine.dtype)
     return int((0.92 * machine.memory - fixed) // row)
 
 

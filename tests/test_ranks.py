@@ -125,7 +125,8 @@ def test_a_run_goes_on_in_any_other_way(studies, tmp_path, first, then):
 def test_every_preset_fits_or_says_what_would(memory, ranks, moe):
     """And what it says is true: with the flags of the advice it fits."""
     for preset in PRESETS:
-        machine = train.Machine(torch.device("cuda"), 0, ranks, memory=memory)
+        machine = train.Machine(torch.device("cuda"), 0, ranks, memory=memory,
+                                dtype=torch.bfloat16)
         flags = ["--preset", preset, "--tokens", "4B", "--moe", moe]
         run, = train.parse_runs(flags)
         try:
@@ -144,14 +145,15 @@ def test_every_preset_fits_or_says_what_would(memory, ranks, moe):
 
 def test_what_is_known_to_fit_fits():
     """932m on one 80 GB card, 3.35b on eight in shards; 8.13b and large MoE only in shards."""
-    def rows(preset, ranks=1, shard=False, **changes):
+    def rows(preset, ranks=1, shard=False, dtype=torch.bfloat16, **changes):
         sizes = {k: v for k, v in PRESETS[preset].items() if k != "lr"}
-        machine = train.Machine(torch.device("cuda"), 0, ranks, memory=80e9)
+        machine = train.Machine(torch.device("cuda"), 0, ranks, memory=80e9, dtype=dtype)
         return train.rows_that_fit(ModelConfig(**sizes, **changes), machine, shard)
     assert rows("932m") >= 16 and rows("3.35b", 8, True) >= 8
     assert rows("3.35b", 8) < 1 <= rows("3.35b")  # DDP holds the gradients twice
     assert rows("8.13b") < 1 <= rows("8.13b", 8, True)
     assert rows("932m", moe="learned") < 1 <= rows("932m", 8, True, moe="learned")
+    assert rows("275m", dtype=torch.float32) <= rows("275m") / 2  # of a GPU without bf16
 
 
 # -- compiled graphs -------------------------------------------------------------------------------

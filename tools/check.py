@@ -170,7 +170,7 @@ def speed(run, machine):
     if machine.peak:
         told += f", MFU {flops / machine.peak:.1%}"
     if machine.is_cuda:
-        fixed, row = training_memory(run.model)
+        fixed, row = training_memory(run.model, dtype=machine.dtype)
         told += (f"; memory {train.peak_memory(machine) * 2**20 / 1e9:.1f} GB, by the arithmetic "
                  f"{(fixed + trainer.rows * row) / 1e9:.1f}")
         del trainer, batch

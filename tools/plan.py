@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import numpy as np
+import torch
 
 import train
 from data import Loader, check
 from model import on_meta, training_memory
+from tools import end_with_the_pipe
 
 # What a sample of the paper's data holds, in text tokens and images: captions by the ratios of its
 # Table 3, OBELICS has 115B tokens and 353M images in 141M documents, DCLM 4T tokens in 3B.
@@ -36,6 +38,7 @@ class Cards:
     memory: float  # bytes
     mfu: float
     price: float  # dollars for an hour of one
+    dtype: torch.dtype = torch.bfloat16  # of activations
 
 
 def cards_of(text):
@@ -97,7 +100,7 @@ def plan(run, place, machine):
         told = f"{place.ranks} {place.name} at MFU {place.mfu:g}{dollars(place, seconds)}"
     lines = [head, f"time: {timedelta(seconds=round(seconds))} on {told}"]
     if place.memory:
-        fixed, row = training_memory(shape, place.ranks, cfg.shard)
+        fixed, row = training_memory(shape, place.ranks, cfg.shard, place.dtype)
         lines += [f"memory: {(fixed + row * micro_rows) / 1e9:.1f} GB of {place.memory / 1e9:.0f}"]
     disk, padding = 24 * n["N_total"] / 1e9, 1 - (text + image) / shape.context
     lines += [f"disk: {disk:.2f} GB for ckpt.pt and trunk.pt, half more while one is written",
@@ -157,6 +160,7 @@ def measured_seconds(run, machine):
 
 
 def main(argv=None):
+    end_with_the_pipe()
     parser = train.Parser(prog="python -m tools.plan", description=__doc__)
     parser.add_argument("--gpus", type=cards_of, metavar="8xh100x0.4x2.5")
     args, words = parser.parse_known_args(argv)
