@@ -73,7 +73,7 @@ class MoE(nn.Module):
         order = chosen.flatten().argsort(stable=True)                            # (S,) slot ids
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=x.device)                 # the inverse
-        weights = [weight.to(x.dtype) for weight in (self.w_gate, self.w_up, self.w_down)]
+        weights = [w.to(x.dtype) for w in (self.w_gate, self.w_up, self.w_down)]
         slots = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1)              # (S,W)
         slots = Reorder.apply(slots, order, place)                               # by expert
         fast = not self.loop and grouped_mm_is_fast(slots, weights[-1])
@@ -150,7 +150,7 @@ def grouped_experts(x, w_gate, w_up, w_down, load):
 def looped_experts(x, w_gate, w_up, w_down, load):
     """The same, one expert after another. On a GPU tolist() waits for the device."""
     outputs, slices = [], x.split(load.tolist())
-    for part, gate, up, down in zip(slices, w_gate.unbind(), w_up.unbind(), w_down.unbind()):
+    for part, gate, up, down in zip(slices, w_gate, w_up, w_down):
         hidden = F.silu(F.linear(part, gate)) * F.linear(part, up)               # (load_e,F)
         outputs.append(F.linear(hidden, down))                                   # (load_e,W)
     return torch.cat(outputs)                                                    # (S,W)
