@@ -218,18 +218,15 @@ def collate(rows, patch_size):
     parameter gets a gradient even in a batch without images (DDP waits for all of them).
     target_index int64 (K,): the flat positions with a target, so that no GPU has to stop and count
     them. nll float32 (K,): the generator's own surprise there, 0 for real data."""
-    images = [patchify(image, patch_size) for row in rows for image in row.images]
-    patch = np.stack([row.patch for row in rows])
+    tokens, doc, patch, targets, nll = (
+        np.stack([getattr(row, name) for row in rows])                      # (B, T)
+        for name in ("tokens", "doc", "patch", "target", "nll"))
     patch[patch >= 0] = np.arange((patch >= 0).sum())  # images are whole, and in order
+    images = [patchify(image, patch_size) for row in rows for image in row.images]
     images = images or [np.zeros((rows[0].n_patches, 3 * patch_size**2), np.uint8)]
-    targets = np.stack([row.target for row in rows])
     index = np.flatnonzero(targets >= 0)
-    arrays = {
-        "tokens": np.stack([row.tokens for row in rows]), "targets": targets,
-        "doc": np.stack([row.doc for row in rows]), "patch_index": patch,
-        "images": np.stack(images), "target_index": index,
-        "nll": np.stack([row.nll for row in rows]).reshape(-1)[index],
-    }
+    arrays = {"tokens": tokens, "targets": targets, "doc": doc, "patch_index": patch,
+              "images": np.stack(images), "target_index": index, "nll": nll.flatten()[index]}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
