@@ -36,6 +36,7 @@ class MoE(nn.Module):
     def __init__(self, width, hidden, layer, experts, top_k=1, routing="learned"):
         super().__init__()
         self.learned, self.loop = routing == "learned", False  # loop: never grouped_mm
+        self.looped = looped_experts
         self.experts, self.top_k = (experts, top_k) if self.learned else (2, 1)
 
         def weight(fan_in, *shape):  # as init_weight in model.py, for each expert
@@ -77,7 +78,7 @@ class MoE(nn.Module):
         slots = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1)              # (S,W)
         slots = Reorder.apply(slots, order, place)                               # by expert
         fast = not self.loop and grouped_mm_is_fast(slots, weights[-1])
-        run_experts = grouped_experts if fast else looped_experts
+        run_experts = grouped_experts if fast else self.looped
         slots = run_experts(slots, *weights, load)                               # (S,W)
         slots = Reorder.apply(slots, place, order).unflatten(0, chosen.shape)    # (N,K,W)
         if gates is not None:
@@ -146,7 +147,6 @@ def grouped_experts(x, w_gate, w_up, w_down, load):
     return F.grouped_mm(hidden, w_down, offs=ends)                               # (S,W)
 
 
-@torch.compiler.disable  # or each expert that is idle for once would compile another graph
 def looped_experts(x, w_gate, w_up, w_down, load):
     """The same, one expert after another. On a GPU tolist() waits for the device."""
     outputs, slices = [], x.split(load.tolist())

@@ -834,6 +834,8 @@ def compile_blocks(model):
     for module in model.modules():
         if isinstance(module, Block):
             module.compile()
+        if hasattr(module, "looped"):  # each expert that is idle for once would make another graph
+            module.looped = torch.compiler.disable(module.looped)
 
 
 class StopSignal:
