@@ -36,7 +36,7 @@ class MoE(nn.Module):
     def __init__(self, width, hidden, layer, experts, top_k=1, routing="learned"):
         super().__init__()
         self.learned, self.loop = routing == "learned", False  # loop: never grouped_mm
-        self.looped = looped_experts
+        self.looped = looped_experts  # train.py keeps torch.compile out of it
         self.experts, self.top_k = (experts, top_k) if self.learned else (2, 1)
 
         def weight(fan_in, *shape):  # as init_weight in model.py, for each expert

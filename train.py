@@ -794,7 +794,7 @@ def forward_and_backward(trainer, batches):
     if trainer.run.model.moe == "learned":
         for block, load in zip(trainer.model.blocks, machine.sum(loads)):
             block.ffn.load.copy_(load)
-    totals[5] += trainer.stop.asked  # = would wait for the GPU
+    totals[5] += trainer.stop.asked  # an assignment would wait for the GPU
     return machine.sum(totals)
 
 
@@ -834,7 +834,7 @@ def compile_blocks(model):
     for module in model.modules():
         if isinstance(module, Block):
             module.compile()
-        if hasattr(module, "looped"):  # each expert that is idle for once would make another graph
+        if hasattr(module, "loop"):  # an expert that is idle for once would make another graph
             module.looped = torch.compiler.disable(module.looped)
 
 

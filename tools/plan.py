@@ -160,7 +160,6 @@ def measured_seconds(run, machine):
 
 
 def main(argv=None):
-    end_with_the_pipe()
     parser = train.Parser(prog="python -m tools.plan", description=__doc__)
     parser.add_argument("--gpus", type=cards_of, metavar="8xh100x0.4x2.5")
     args, words = parser.parse_known_args(argv)
@@ -173,4 +172,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    end_with_the_pipe()
     main()
