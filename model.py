@@ -402,26 +402,27 @@ def on_meta(cfg):
 
 
 def training_memory(cfg, ranks=1, shard=False, dtype=torch.bfloat16):
-    """Bytes on a GPU: whatever the micro-batch is, and for each of its rows (activations: dtype).
+    """Bytes on a GPU: whatever the micro-batch is, and for each of its rows (results/speed.md).
 
     A parameter has 4 bytes of weight, 4 of gradient and 8 of Adam's moments, and 2 of its copy in
-    bf16, which the backward pass needs. DDP adds 4 for the gradients that it sends, because those
-    of micro-steps add up beside them. FSDP divides the 16 by the ranks, and gathers embedding, head
-    and two blocks at a time, with their gradients. The head has 14 bytes for each logit of a chunk
-    and 12 for each weight. Activations (bf16): 24 bytes for each token, layer and unit of width and
-    6 for each unit of ffn hidden (an encoder: 40 at 3/4 of the positions); with checkpointing the
-    input of each layer and one layer in full. A step takes 0.6 to 1.07 of it (results/speed.md)."""
+    bf16, which backward needs (checkpointing casts anew). DDP adds 4 for the gradients that it
+    sends, because those of micro-steps add up beside them. FSDP divides the 16 by the ranks, and
+    gathers embedding, head and two blocks at a time, with their gradients. The head has 14 bytes
+    for each logit of a chunk and 12 for each weight. Activations in bf16: 24 bytes for each token,
+    layer and unit of width and 6 for each unit of ffn hidden (an encoder: 40 at 3/4 of the
+    positions), with checkpointing each layer's input and most of one. A step takes 80 to 107 %."""
     model, width, depth = on_meta(cfg), cfg.width, cfg.depth
     total, words = model.num_params()["N_total"], cfg.vocab_size * width
     block = sum(p.numel() for p in model.blocks[0].parameters())
-    fixed = 16 * total / ranks + 16 * (words + block) if shard else (18 + 4 * (ranks > 1)) * total
+    copies = 2 * (not cfg.checkpointing) + 4 * (ranks > 1)
+    fixed = 16 * total / ranks + 16 * (words + block) if shard else (16 + copies) * total
     fixed += 14 * 2 ** 27 + 12 * words
     ffn = 6 * cfg.hidden * (cfg.top_k / cfg.granularity if cfg.moe == "learned" else 1)
     layer = 24 * width + ffn + (8 * cfg.top_k * width if cfg.moe != "none" else 0)
     vision = 0.75 * 40 * cfg.encoder_width * cfg.encoder_depth if cfg.fusion == "late" else 0
     layers = depth * layer
     if cfg.checkpointing:
-        layers, vision = 1.4 * layer + 4 * depth * width, vision / 10
+        layers, vision = 0.8 * layer + 2 * depth * width, vision / 20
     return fixed, cfg.context * (16 * width + layers + vision) * dtype.itemsize / 2
 
 
