@@ -69,8 +69,3 @@ def test_a_quick_run_writes_its_rows(tmp_path):
     assert verdicts["overhead of a default step, without data"] in ("reached", "NOT reached")
     if not torch.cuda.is_available():
         assert verdicts["932m early"] == "not measured here"
-
-
-def test_an_unknown_mark_is_one_line():
-    with pytest.raises(SystemExit, match="ceiling"):
-        main(["--only", "everything"])

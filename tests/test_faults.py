@@ -16,7 +16,7 @@ import torch
 import train
 from data import Shards
 from helpers import one_line, python, write_rows
-from test_pack import llava, write_tar
+from test_pack import llava, pack_one, write_tar
 from tools import curves, table
 from tools import pack as pack_file
 from tools.pack import pack, read_source
@@ -36,11 +36,6 @@ def again(out, *flags):
     return one_line(SystemExit, start, out, *flags)
 
 
-def packed(out, path, kind="text", **options):
-    options = {"val_fraction": 0.3, "image_size": 16, **options}
-    return pack({kind: [path]}, out, workers=1, **options)
-
-
 TEXTS = [{"text": f"text number {i} " * 20} for i in range(40)]
 
 
@@ -54,11 +49,11 @@ def test_a_run_belongs_to_the_data_and_not_to_their_place(tmp_path):
     def names(data):
         start(out, "--data", str(data), "--mixture", "0-0-100")
         return [*train.finished(out)]
-    packed(data, write_rows(tmp_path / "a.jsonl", TEXTS))
+    pack({"text": [write_rows(tmp_path / "a.jsonl", TEXTS)]}, data, val_fraction=0.3, workers=1)
     before = names(data)
     data.rename(moved)
     assert names(moved) == before
-    packed(data, write_rows(tmp_path / "b.jsonl", TEXTS[:20]))
+    pack({"text": [write_rows(tmp_path / "b.jsonl", TEXTS[:20])]}, data, val_fraction=0.3, workers=1)
     assert len(names(data)) == 2
 
 
@@ -200,9 +195,9 @@ def test_a_line_that_is_too_long_is_skipped_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(pack_file, "MAX_LINE", 2000)
     long = {"text": "x" * 9000}
     path = write_rows(tmp_path / "a.jsonl", [*TEXTS[:3], long, *TEXTS[3:]])
-    meta = packed(tmp_path / "out", path)
+    meta, shards = pack_one(tmp_path, "text", path)
     assert meta["skipped"] == {"line too long": [1, "a.jsonl: 4"]}
-    assert sum(split["text"]["docs"] for split in meta["splits"].values()) == len(TEXTS)
+    assert len(shards.docs["text"]) == len(TEXTS)
 
 
 def test_memory_does_not_grow_with_a_line(tmp_path):
@@ -256,16 +251,16 @@ def test_two_processes_do_not_pack_into_one_folder(tmp_path):
     (tmp_path / "out").mkdir()
     path = write_rows(tmp_path / "a.jsonl", TEXTS)
     with train.only_process(tmp_path / "out", "packs"):
-        assert "another process" in one_line(SystemExit, packed, tmp_path / "out", path)
-    assert packed(tmp_path / "out", path)["splits"]
+        assert "another process" in one_line(SystemExit, pack_one, tmp_path, "text", path)
+    assert pack_one(tmp_path, "text", path)[0]["splits"]
 
 
 def test_a_damaged_shard_is_named(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", TEXTS)
-    packed(tmp_path / "out", path)
+    pack_one(tmp_path, "text", path)
     shard, = (tmp_path / "out").glob("*/*/shard.json")
     shard.write_text("{", encoding="utf-8")
-    assert str(shard) in one_line(SystemExit, packed, tmp_path / "out", path)
+    assert str(shard) in one_line(SystemExit, pack_one, tmp_path, "text", path)
 
 
 def parts_of(path, kind):

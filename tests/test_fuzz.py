@@ -237,9 +237,7 @@ def test_any_table_is_fitted_or_refused_in_one_line(kind, faults, more):
         path = Path(folder, f"table{kind}")
         path.write_bytes(mutated(table_of(kind, [*ROWS, *more]), faults))
         args = fit_laws.parse_args([str(path), "--bootstrap", "2", "--out", folder])
-        found = in_one_line(fit_laws.gather, args)
-    if found:
-        assert all(study.record["n"] >= 6 for study in found[1])
+        in_one_line(fit_laws.gather, args)
 
 
 @pytest.mark.parametrize("name,content", [

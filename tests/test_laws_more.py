@@ -9,7 +9,7 @@ import pytest
 import fit_laws as fl
 from helpers import one_line, write_rows
 from test_fit_laws import EARLY, SPARSE, planted
-from tools import figures, multiplier
+from tools import bench, board, curves, figures, multiplier, sizes
 from tools import fit_tables as ft
 from tools import laws_more as more
 from tools.fit_tables import runs_of
@@ -143,7 +143,9 @@ def test_command_line_writes_everything(tmp_path, capsys):
 @pytest.mark.parametrize("tool, flags, named", [
     (more, [], "--plan"), (more, ["--plan"], "--budget"), (more, ["none.csv"], "none.csv"),
     (more, ["t.csv", "--compare", "a", "b"], "--compare"), (more, ["--boostrap"], "--bootstrap"),
-    (figures, [], "table"), (figures, ["t.csv", "--json", "x"], "--json")])
+    (figures, [], "table"), (figures, ["t.csv", "--json", "x"], "--json"),
+    (bench, ["--only", "everything"], "ceiling"), (board, ["nowhere"], "no run"),
+    (curves, ["nowhere"], "--eval-every"), (sizes, ["--width", "32"], "--width")])
 def test_mistakes_end_in_one_line(tool, flags, named):
     assert named in one_line(SystemExit, tool.main, flags)
 

@@ -146,8 +146,11 @@ def test_packed_rows_are_the_recorded_ones(tmp_path):
     pack({"caption": [VAL / "captions"], "interleaved": [VAL / "interleaved"],
           "text": [VAL / "text"], "conversation": [ALT / "captions_llava_json" / "data.json"]},
          tmp_path, SHARED / "tokenizers/bpe4096.tiktoken", 64, val_fraction=0.1, workers=1)
-    source = Loader(DataConfig(str(tmp_path), "40-40-10-10", val_rows=64), 5,
-                    ModelConfig(context=256, image_size=64, patch_size=16)).source
+    def source_of(**flags):
+        return Loader(DataConfig(str(tmp_path), "40-40-10-10", val_rows=64, **flags), 5,
+                      ModelConfig(context=256, image_size=64, patch_size=16)).source
+
+    source = source_of()
     expected = {
         "caption": ("516ec5d0ddb4", "ffc4504214cf"), "text": ("37a64dbb716f", "08eea38a8d7a"),
         "interleaved": ("32280d59950d", "9dafd6e19767"),
@@ -157,6 +160,10 @@ def test_packed_rows_are_the_recorded_ones(tmp_path):
         n_val = min(20, source.n_rows(kind, "val"))
         val_rows = [source.val_row(kind, n) for n in range(n_val)]
         assert (digest(rows, pixels=False), digest(val_rows, pixels=False)) == recorded
+    for flag in ("augment", "flip"):  # of training alone
+        other = source_of(**{flag: True})
+        assert digest([source.row("caption", 0)]) != digest([other.row("caption", 0)])
+        assert digest([source.val_row("caption", 0)]) == digest([other.val_row("caption", 0)])
 
 
 @pytest.mark.parametrize("folder", ["obelics_parquet", "obelics_jsonl", "mmc4", "openflamingo_wds"])
@@ -539,16 +546,12 @@ def test_names_do_not_collide_and_changed_files_are_packed_again(tmp_path):
             pack(sources, tmp_path / "out", val_fraction=0, workers=1, **options)
 
 
-def test_shards_count_pickle_and_fetch_in_part(shared):
+def test_shards_count_and_go_to_other_processes(shared):
     total, sizes = shared.meta["splits"]["val"]["interleaved"], shared.docs["interleaved"][:, 2:]
     assert sizes.shape == (total["docs"], 2)
     assert sizes.sum(0).tolist() == [total["tokens"] + total["images"], total["images"]]
     i = int(sizes[:, 1].argmax())
     tokens = shared.tokens("interleaved", i)
     assert [len(tokens), (tokens == IMAGE).sum()] == sizes[i].tolist() and sizes[i, 1] >= 3
-    twin, (_, second, third, *_) = pickle.loads(pickle.dumps(shared)), np.flatnonzero(tokens < 0)
-    whole = shared.document("interleaved", i, 32)
-    part = twin.document("interleaved", i, 32, second + 1, third + 3)  # 0 is the end-of-text
-    assert part.tokens.tolist() == tokens[second:third + 2].tolist() and len(part.images) == 2
-    assert all((a == b).all() for a, b in zip(part.images, whole.images[1:3]))
-    assert whole.images[0].shape == (32, 32, 3) and whole.images[0].dtype == np.uint8
+    image = pickle.loads(pickle.dumps(shared)).document("interleaved", i, 32).images[0]
+    assert image.shape == (32, 32, 3) and image.dtype == np.uint8

@@ -198,21 +198,6 @@ def test_what_reads_the_results_reads_them(workplace, monkeypatch):
     assert len(todo) == 6
 
 
-def test_what_is_not_run_here_is_at_least_well_formed():
-    for command in commands():
-        words = shlex.split(command)
-        if words[0] == "pip" and "-r" in words:
-            assert (ROOT / words[words.index("-r") + 1]).is_file()
-        elif words[0] == "pip":
-            extras = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8")
-            assert all(name in extras for name in words[2:]), command
-        elif "train.py" in words:
-            flags = words[words.index("train.py") + 1:]
-            assert train.parse_runs([*flags, "--data", "procedural"]), command
-    for name in re.findall(r"\[`(\w+\.py)`\]", README):
-        assert (ROOT / name).is_file()
-
-
 def test_the_first_block_is_two_lines():
     first = re.search(r"```sh\n(.*?)```", README, re.DOTALL)[1].strip().splitlines()
     assert len(first) == 2 and "python train.py" in first[0] and "pytest" in first[1]

@@ -1,7 +1,6 @@
 """python -m pytest tests/test_sample.py   (about 5 seconds)
 
 The tools beside the model: sample, convert, check, experts, facts and words."""
-import json
 import math
 
 import pytest
@@ -199,14 +198,6 @@ def test_the_bits_of_facts_are_those_that_a_model_knows(monkeypatch):
     means, total = facts.in_bands(facts.known(model, world))
     assert means == pytest.approx([6, 6, 5, 0, 0, 0], abs=1e-4)
     assert total == pytest.approx(4 * (16 * 6 + 48 * 5), rel=1e-4)
-
-
-def test_facts_of_a_run_become_a_row(tmp_path, capsys):
-    save_run(tmp_path / "run", build(vocab_size=264))
-    facts.main([str(tmp_path / "run"), "--json", str(tmp_path / "facts.jsonl")])
-    row = json.loads((tmp_path / "facts.jsonl").read_text(encoding="utf-8"))
-    assert row["run"] == "run" and row["facts_bits"] == 0  # untrained
-    assert "things 1 to 4" in capsys.readouterr().out
 
 
 def test_the_words_of_documents_share_out_their_loss(tmp_path, capsys):

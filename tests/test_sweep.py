@@ -182,5 +182,3 @@ def test_the_table_of_sizes_has_the_papers_and_their_experts(capsys):
     lines = said(capsys).splitlines()
     assert sum(line.startswith(("275m", "8.13b")) for line in lines) == 4
     assert len(lines) == 1 + 13 + 7 + 3
-    with pytest.raises(SystemExit, match="width"):
-        sizes.main(["--width", "32"])

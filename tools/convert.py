@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from data import check
 from model import ffn_hidden
 from train import Parser, write_whole
 
@@ -27,7 +28,7 @@ OPEN_LM = {"tok_embeddings": "embedding", "in_proj": "q k v", "out_proj": "out",
 def convert(state, heads=0):
     """State dict of open_lm -> the fields of ModelConfig that it decides (dict), and the weights
     (our parameter name -> tensor). heads is used where the file has no inv_freq, which would tell
-    it. ValueError, one line, for what our decoder has no place for."""
+    it. SystemExit, one line, for what our decoder has no place for."""
     state = {re.sub(r"^((module|model)\.)+", "", name): tensor
              for name, tensor in state.get("state_dict", state).items()}
     fields = sizes(state, heads)
@@ -69,11 +70,6 @@ def reorder_rotary(rows, heads):
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def check(condition, message):
-    if not condition:
-        raise ValueError(message)
-
-
 def main(argv=None):
     parser = Parser(prog="python -m tools.convert", description=__doc__.splitlines()[0])
     parser.add_argument("source", help="the .pt file of open_lm / DCLM")
@@ -84,7 +80,7 @@ def main(argv=None):
     try:  # weights_only, because a file from elsewhere must not run code
         state = torch.load(args.source, map_location="cpu", weights_only=True)
         fields, weights = convert(state, args.heads)
-    except Exception as error:  # a file of another format can raise nearly anything
+    except (Exception, SystemExit) as error:  # a file of another format can raise nearly anything
         reason = " ".join(str(error).split())[:120]
         raise SystemExit(f"{args.source} cannot be read as weights of open_lm: {reason}") from None
     checkpoint = {"config": {"model": fields}, "model": weights}

@@ -146,7 +146,7 @@ def rows_of_table2():
             for name, (A, B, E, alpha, beta, _, _, K, c) in lm.PAPER.items()}
 
 
-def grid_regression(coef, points, even, budgets=(1e18, 1e22)):
+def grid_regression(coef, points, even, budgets):
     """The paper's App. C.2: D on a grid of 10B to 600B, N = C/(6D), the best of each budget,
     straight lines through them -> a, b, d."""
     space = np.linspace if even else np.geomspace

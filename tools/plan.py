@@ -30,15 +30,10 @@ SAMPLES = {"caption": ("DFN or COYO", 77, 1), "interleaved": ("OBELICS", 815, 2.
 
 
 @dataclass(frozen=True)
-class Cards:
+class Cards(train.Machine):
     """GPUs to plan for, which need not be here."""
-    ranks: int
-    name: str
-    peak: float  # FLOP/s
-    memory: float  # bytes
-    mfu: float
-    price: float  # dollars for an hour of one
-    dtype: torch.dtype = torch.bfloat16  # of activations
+    mfu: float = 0.4
+    price: float = 0  # dollars for an hour of one
 
 
 def cards_of(text):
@@ -46,7 +41,9 @@ def cards_of(text):
     try:
         parts = text.split("x")
         number, name, mfu, price = parts + ["", "", "0.4", "0"][len(parts):]
-        cards = Cards(int(number), name, *train.CARDS[name.upper()], float(mfu), float(price))
+        peak, memory = train.CARDS[name.upper()]
+        cards = Cards(torch.device("cuda"), ranks=int(number), name=name, memory=memory, peak=peak,
+                      dtype=torch.bfloat16, mfu=float(mfu), price=float(price))
         good = cards.ranks > 0 and 0 < cards.mfu <= 1 and 0 <= cards.price < float("inf")
     except (ValueError, LookupError):
         good = False
