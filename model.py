@@ -167,7 +167,7 @@ def rope_table(length, head_dim):
 def rotate(x, rope):
     """x (B,T,H,Hd) -> float32, pair j of position t turned by its angle in rope (T,Hd/2,2)."""
     pairs = x.float().unflatten(-1, (-1, 2))                                     # (B,T,H,Hd/2,2)
-    # One complex product is 3 to 4 times faster on a CPU, but torch.compile has no kernel for it.
+    # One complex product is 6 times faster on a CPU, but torch.compile has no kernel for it.
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         turned = torch.view_as_complex(pairs) * torch.view_as_complex(rope)[:, None]
         return torch.view_as_real(turned).flatten(-2)                            # (B,T,H,Hd)
@@ -187,7 +187,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class Norm(nn.LayerNorm):  # as in DCLM; F.rms_norm is 3 to 4 times slower on a CPU without compiler
+class Norm(nn.LayerNorm):  # as in DCLM; F.rms_norm is 6 times slower on a CPU without compiler
     def __init__(self, width):
         super().__init__(width, bias=False)
 
@@ -203,7 +203,7 @@ def init_weight(weight, fan_in, layer=None):
 
 
 class Attention(nn.Module):
-    # Fusing q, k and v (or gate and up) would copy their gradients, up to 9 % of a step on a CPU.
+    # Fusing q, k and v (or gate and up) would copy their gradients, up to 9 % of their time.
     def __init__(self, width, head_dim, layer):
         super().__init__()
         self.heads = (-1, head_dim)
@@ -410,7 +410,7 @@ def training_memory(cfg, ranks=1, shard=False, dtype=torch.bfloat16):
     gathers embedding, head and two blocks at a time, with their gradients. The head has 14 bytes
     for each logit of a chunk and 12 for each weight. Activations in bf16: 24 bytes for each token,
     layer and unit of width and 6 for each unit of ffn hidden (an encoder: 40 at 3/4 of the
-    positions), with checkpointing each layer's input and most of one. A step takes 80 to 107 %."""
+    positions), with checkpointing each layer's input and most of one. A step takes 78 to 107 %."""
     model, width, depth = on_meta(cfg), cfg.width, cfg.depth
     total, words = model.num_params()["N_total"], cfg.vocab_size * width
     block = sum(p.numel() for p in model.blocks[0].parameters())

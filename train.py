@@ -1,6 +1,6 @@
 """Train one model, for one or several token budgets; one loop from a laptop to a cluster.
 
-    python train.py                                             the laptop preset, a few minutes
+    python train.py                                             the laptop preset, two minutes
     python train.py --fusion late --width 32 --tokens 1M,2M,4M --out runs/demo
     torchrun --standalone --nproc_per_node 8 train.py --preset 275m --data data/real --tokens 5B
     python train.py --dry-run --gpus 8xh100x0.4x2.5 --preset 932m --data data/real --tokens 5B

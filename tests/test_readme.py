@@ -173,7 +173,7 @@ def test_the_experiments_run_in_their_order(workplace, monkeypatch):
 
 
 def test_the_lecture_runs_with_its_exercises(workplace, monkeypatch):
-    """Its five live commands and those of the answers, which stand in the text as `python ...`."""
+    """Its six live commands and those of the answers, which stand in the text as `python ...`."""
     monkeypatch.chdir(workplace)
     answers = re.findall(r"`(python [^`]+)`", LECTURE)
     todo = commands(LECTURE) + [" ".join(command.split()) for command in answers]
