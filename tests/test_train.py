@@ -328,6 +328,7 @@ def test_a_run_learns_at_the_scheduled_rate_and_its_loss_is_in_nats(tmp_path):
         out = tmp_path / weight
         row, = trained(out, "--tokens", "20K", "--load-balancing-weight", weight, "--moe",
                        "learned").values()
+        assert row["load_balancing_weight"] == float(weight)  # by which tools.table can tell them
         logs[weight] = log(one(out))
         rates = [line["lr"] / run.train.lr for line in logs[weight]]
         assert rates == pytest.approx([train.rate_at(step, run) for step in range(run.steps)])
