@@ -234,7 +234,6 @@ def collate(rows, patch_size):
 # The procedural world and a packed folder answer the same questions: kinds[split], n_rows(kind,
 # split), row(kind, n) for training and val_row(kind, n). The answers depend on the seed alone.
 
-
 class Procedural:
     """Rows of the procedural world. There is no end to them, so no epoch is ever repeated."""
 
@@ -377,7 +376,6 @@ def next_fit(sizes, context):
 # A shard is a folder of `data`, the documents one after the other: tokens int32 with IMAGE, (h, w)
 # int32 of each image, their pixels; of train.docs and val.docs, int64 (documents, 3): a document's
 # first byte in `data`, tokens, images; and of shard.json. data.json lists all shards.
-
 
 def read_meta(root):
     """data.json of a packed folder, its tokenizer as get_tokenizer wants it, and its checksum."""

@@ -46,11 +46,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DataConfig, Loader, check, patchify, read_meta, vocab_size
-from model import (PRESETS, Block, Model, ModelConfig, adopt, generate, read_checkpoint,
-                   split_heads, training_memory)
+from model import (PRESETS, Block, Model, ModelConfig, adopt, flex_fits, generate,
+                   read_checkpoint, split_heads, training_memory)
 
-# Fields that say how or where a run is computed, not what: they are no part of its identity. (The
-# path of a tokenizer moves with the data.)
+# Fields that say how a run is computed or where things lie: they are no part of its identity.
 HOW = ("out", "data", "tokenizer", "preset", "tokens", "micro_rows", "eval_every", "save_every",
        "device", "compile", "attention", "experts_by", "shard", "workers", "checkpointing")
 SIZES = {**PRESETS, "laptop": dict(tokens_per_step=512, vision_lr=1.0)}
@@ -443,9 +442,8 @@ class Trainer:
         self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
         if self.compiled:
             compile_blocks(self.model)
-        # FlexAttention knows no smaller heads, and in fp32 (a T4) the larger ones find no room
         self.model.flex = (self.compiled and run.train.attention == "auto"
-                           and run.model.head_dim >= 16 and machine.dtype == torch.bfloat16)
+                           and flex_fits(run.model.head_dim, machine.dtype))
         for module in self.model.modules():
             if hasattr(module, "loop"):  # a mixture of experts
                 module.loop = run.train.experts_by == "loop"
@@ -559,7 +557,7 @@ class Trainer:
         set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
 
     def changed(self, config):
-        """The names of what decides the numbers and differs in a checkpoint's config: where there
+        """The names of what decides the numbers and differs in a checkpoint's config. Where there
         are none, runs share a trunk."""
         ours, theirs = ChainMap(*self.config.values()), ChainMap(*config.values())
         return ", ".join(name for name in ours
@@ -870,9 +868,8 @@ def result_row(trainer, status, losses):
     ffn = trainer.model.blocks[0].ffn
     known = {name: settings[name] for name in settings if name not in (*HOW, "experts")}
     return {
-        "run": run.name, "data": run.data.data, **known,
-        "n_experts": ffn.experts, "top_k": ffn.top_k,  # a dense layer has one
-        "vision_width": model.encoder_width if n["N_vision"] else 0, **n,
+        "run": run.name, "data": run.data.data, **known, "n_experts": ffn.experts,
+        "top_k": ffn.top_k, "vision_width": model.encoder_width if n["N_vision"] else 0, **n,
         "D": D, "D_vision": D_vision, "C": trainer.model.flops(D, D_vision), **losses,
         "steps": run.steps, **trainer.speed(), "peak_mem_mb": peak_memory(machine),
         "device": machine.name, "world_size": machine.ranks, "torch": torch.__version__,

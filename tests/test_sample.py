@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train
 from helpers import build, hidden, make_batch, one_line, read_weights, same, save_run
 from model import Attention, adopt, attention_mask, rope_table
 from test_pack import picture
@@ -158,6 +159,14 @@ def test_check_sees_a_wrong_mask():
         assert far > 10 * check.LIMIT
     assert check.distance(right, right) == 0
     assert math.isnan(check.distance([right[0] * math.nan, right[1]], right))
+
+
+def test_check_compares_no_attention_that_training_does_not_take():
+    """FlexAttention would fail at the head dim of width 16, and in fp32 on a T4."""
+    for width, dtype in ((16, torch.bfloat16), (64, torch.float32)):
+        run, = train.parse_runs(["--width", str(width)])
+        machine = train.Machine(torch.device("cpu"), dtype=dtype)
+        assert "not compared" in check.check_attention(run, machine)
 
 
 def test_specialisation_of_hand_made_counts():
