@@ -236,6 +236,12 @@ def test_two_captions_of_two_pictures_are_learnt(kind):
     assert model(batch).loss.item() / len(out.token_loss) < 0.1  # ln 2 / 2 without the image
 
 
+def test_the_encoder_knows_where_a_patch_stands():
+    model = build(fusion="late")
+    x, = model.vision(torch.ones(1, model.cfg.n_patches, model.cfg.patch_dim))  # all are alike
+    assert not torch.allclose(x[0], x[1], atol=0.01)
+
+
 def test_pixels_become_minus_one_to_one():
     model, batch = build(), make_batch(tiny(), [["tItt"]])
     batch["images"] = torch.tensor([0, 255], dtype=torch.uint8).repeat(1, 4, 24)

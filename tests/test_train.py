@@ -197,6 +197,24 @@ def test_decay_is_fully_decoupled():
     for name, p in model.named_parameters():
         share = 0.75 if p.ndim >= 2 else 1.0
         torch.testing.assert_close(p.detach(), before[name] * share)
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for moments in optimizer.state.values():  # paper, App. A: betas of 0.9 and 0.95
+        torch.testing.assert_close(moments["exp_avg"], 0.1 * torch.ones_like(moments["exp_avg"]))
+        assert moments["exp_avg_sq"].flatten()[0] == pytest.approx(0.05)
+
+
+def test_gradients_are_clipped(tmp_path):
+    """To a norm far below AdamW's eps: then nothing is learned."""
+    trained(tmp_path, "--tokens", "5K", "--grad-clip", "1e-12", "--weight-decay", "0")
+    assert min(line["loss"] for line in log(one(tmp_path))) > 5
+
+
+def test_the_seed_decides_the_first_weights():
+    machine = train.Machine(torch.device("cpu"))
+    one, same, other = (train.Trainer(run_of("--seed", seed), machine).model.head.weight
+                        for seed in "001")
+    assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_results_say_what_the_paper_counts(tmp_path):
