@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -196,6 +197,13 @@ def test_results_folder_end_to_end(tmp_path, capsys):
     assert (folder / "laws.png").stat().st_size > 20_000
 
 
+def test_errors_are_in_per_cent_and_intervals_hold_95_of_them():
+    runs = planted(EARLY)
+    errors = fl.quality(EARLY, replace(runs, L=runs.L / 1.02))  # predicted 2 % too high
+    assert errors["bias_pct"] == pytest.approx(2) == errors["mae_pct"]
+    assert fl.interval(np.array([*range(1001), np.nan])) == [25, 975]
+
+
 def test_one_plot_holds_runs_frontiers_bands_sizes_and_the_floor(tmp_path, pages):
     folder = write_results(tmp_path / "demo", noise=0.05, seeds=3)
     run(folder, "--bootstrap", 20)
@@ -218,6 +226,10 @@ def test_one_plot_holds_runs_frontiers_bands_sizes_and_the_floor(tmp_path, pages
         assert dashed.get_xdata()[-1] == pytest.approx(5 * ends[1])  # beyond the runs
     assert len(curves) == 2 and sum("PolyCollection" in type(c).__name__
                                     for c in ax.collections) == 2
+    early = json.loads((folder / "laws.json").read_text(encoding="utf-8"))["groups"][0]
+    coef = [*np.log([early[name] for name in "ABE"]), early["alpha"], early["beta"]]
+    C, L = curves[0].get_data()
+    assert L == pytest.approx(fl.optimum(coef, C)[2])
     floor, = (line for line in ax.lines if line.get_label() == "true floor 0.9")
     assert [*floor.get_ydata()] == [0.9, 0.9]
 
