@@ -451,7 +451,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, run.train, machine)  # of what sharding leaves
         self.loader = Loader(run.data, run.train.seed, run.model)
         data = asdict(run.data) | self.loader.source.known_by
-        self.config = {"model": asdict(run.model), "train": asdict(run.train), "data": data,
+        self.config = {"model": asdict(run.model), "data": data, "train": asdict(run.train),
                        "made": {"code": code_version()}}
         self.stop = StopSignal()  # this process was asked to stop
         self.stopped = False  # this rank or another was, and all of them know it
@@ -863,17 +863,17 @@ class StopSignal:
 def result_row(trainer, status, losses):
     """The line of results.jsonl: all that decides the numbers, and the numbers."""
     run, machine, n = trainer.run, trainer.machine, trainer.model.num_params()
-    model, settings = run.model, ChainMap(*trainer.config.values())
+    known = {name: value for part in trainer.config.values() for name, value in part.items()
+             if name not in (*HOW, "experts")}
     D, D_vision = trainer.step * run.train.tokens_per_step, trainer.stats["D_vision"]
     ffn = trainer.model.blocks[0].ffn
-    known = {name: settings[name] for name in settings if name not in (*HOW, "experts")}
     return {
         "run": run.name, "data": run.data.data, **known, "n_experts": ffn.experts,
-        "top_k": ffn.top_k, "vision_width": model.encoder_width if n["N_vision"] else 0, **n,
+        "top_k": ffn.top_k, "vision_width": run.model.encoder_width if n["N_vision"] else 0, **n,
         "D": D, "D_vision": D_vision, "C": trainer.model.flops(D, D_vision), **losses,
         "steps": run.steps, **trainer.speed(), "peak_mem_mb": peak_memory(machine),
         "device": machine.name, "world_size": machine.ranks, "torch": torch.__version__,
-        "git": git_commit(), "status": status, "contents": settings.get("contents"),
+        "git": git_commit(), "status": status,
     }
 
 

@@ -230,6 +230,8 @@ def test_results_say_what_the_paper_counts(tmp_path):
                  "tokens_per_step steps lr seed tok_per_s peak_mem_mb wall_s device torch git "
                  "status").split():
         assert name in row
+    names = [*row]  # tools.table names a line by the first of those that tell it apart
+    assert names.index("fusion") < names.index("width") < names.index("lr")
     lines = log(one(tmp_path), "speed.jsonl")
     assert [line["step"] for line in lines] == list(range(10))
     seconds = [line["wall_s"] for line in lines]
