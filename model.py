@@ -32,9 +32,9 @@ class ModelConfig:
     width: int = 48  # of the decoder
     depth: int = 4  # blocks of the decoder
     heads: int = 0  # attention heads; 0: a head dim near 64
-    context: int = 128  # positions of a row, text tokens and patches
     image_size: int = 32  # pixels of a side
     patch_size: int = 8  # pixels of a side
+    context: int = 128  # positions of a row, text tokens and patches
     vocab_size: int = 264  # ids the model can read and write
     mlp_multiple: int = 0  # ffn hidden is 8/3 width rounded up to this; 0: 256, small widths 16
     vision_width: int = 0  # late fusion, of the encoder; 0: half of --width, in steps of 8
@@ -411,15 +411,15 @@ def training_memory(cfg, ranks=1, shard=False, dtype=torch.bfloat16):
 
     A parameter has 4 bytes of weight, 4 of gradient and 8 of Adam's moments, and 2 of its copy in
     bf16, which backward needs (checkpointing casts anew). DDP adds 4 for the gradients that it
-    sends, because those of micro-steps add up beside them. FSDP divides the 16 by the ranks, and
-    gathers embedding, head and two blocks at a time, with their gradients. The head has 14 bytes
-    for each logit of a chunk and 12 for each weight. Activations in bf16: 24 bytes for each token,
-    layer and unit of width and 6 for each unit of ffn hidden (an encoder: 40 at 3/4 of the
+    sends, and once 4 for new buckets, by which time all activations but checkpoints are gone. FSDP
+    divides the 16 by the ranks, and gathers embedding, head and two blocks with their gradients.
+    The head has 14 for each logit of a chunk and 12 for each weight. Activations have 24 for each
+    token, layer and unit of width and 6 for each unit of ffn hidden (an encoder: 40 at 3/4 of the
     positions), with checkpointing each layer's input and most of one. A step takes 78 to 107 %."""
     model, width, depth = on_meta(cfg), cfg.width, cfg.depth
     total, words = model.num_params()["N_total"], cfg.vocab_size * width
     block = sum(p.numel() for p in model.blocks[0].parameters())
-    copies = 2 * (not cfg.checkpointing) + 4 * (ranks > 1)
+    copies = (8 if cfg.checkpointing else 4) * (ranks > 1) + 2 * (not cfg.checkpointing)
     fixed = 16 * total / ranks + 16 * (words + block) if shard else (16 + copies) * total
     fixed += 14 * 2 ** 27 + 12 * words
     ffn = 6 * cfg.hidden * (cfg.top_k / cfg.granularity if cfg.moe == "learned" else 1)

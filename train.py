@@ -49,9 +49,9 @@ from data import DataConfig, Loader, check, patchify, read_meta, vocab_size
 from model import (PRESETS, Block, Model, ModelConfig, adopt, flex_fits, generate,
                    read_checkpoint, split_heads, training_memory)
 
-# Fields that say how a run is computed or where things lie: they are no part of its identity.
-HOW = ("out", "data", "tokenizer", "preset", "tokens", "micro_rows", "eval_every", "save_every",
-       "device", "compile", "attention", "experts_by", "shard", "workers", "checkpointing")
+# Fields that say how or where a run is computed, not what: they are no part of its identity.
+HOW = ("out", "data", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device",
+       "compile", "attention", "experts_by", "shard", "workers", "checkpointing")
 SIZES = {**PRESETS, "laptop": dict(tokens_per_step=512, vision_lr=1.0)}
 # Published dense bf16 FLOP/s and memory in bytes, to tell MFU and to plan.
 CARDS = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
@@ -557,11 +557,11 @@ class Trainer:
         set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
 
     def changed(self, config):
-        """The names of what decides the numbers and differs in a checkpoint's config. Where there
-        are none, runs share a trunk."""
+        """The names of what decides the numbers and differs in a checkpoint's config: where there
+        are none, runs share a trunk. (The path of a tokenizer moves with the data.)"""
         ours, theirs = ChainMap(*self.config.values()), ChainMap(*config.values())
-        return ", ".join(name for name in ours
-                         if name not in HOW and ours[name] != theirs.get(name))
+        return ", ".join(name for name in ours if name not in (*HOW, "tokenizer")
+                         and ours[name] != theirs.get(name))
 
     def begin(self):
         """Starts from the run's own checkpoint, else from the longest trunk of another budget, else
@@ -861,14 +861,14 @@ class StopSignal:
 # ---- The result of a run ----------------------------------------------------------------------
 
 def result_row(trainer, status, losses):
-    """The line of results.jsonl: all that decides the numbers, and the numbers."""
+    """The line of results.jsonl: all that decides the numbers (0 = derived), and the numbers."""
     run, machine, n = trainer.run, trainer.machine, trainer.model.num_params()
     known = {name: value for part in trainer.config.values() for name, value in part.items()
-             if name not in (*HOW, "experts")}
+             if name not in (*HOW, "tokenizer", "experts")}
     D, D_vision = trainer.step * run.train.tokens_per_step, trainer.stats["D_vision"]
     ffn = trainer.model.blocks[0].ffn
     return {
-        "run": run.name, "data": run.data.data, **known, "n_experts": ffn.experts,
+        "run": run.name, **known, "data": run.data.data, "n_experts": ffn.experts,
         "top_k": ffn.top_k, "vision_width": run.model.encoder_width if n["N_vision"] else 0, **n,
         "D": D, "D_vision": D_vision, "C": trainer.model.flops(D, D_vision), **losses,
         "steps": run.steps, **trainer.speed(), "peak_mem_mb": peak_memory(machine),

@@ -91,8 +91,9 @@ def make_batch(cfg: ModelConfig, rows: list, seed: int = 0, length: int = 0) -> 
         found.append(Row(length or cfg.context, cfg.n_patches, eot=0))
         for document in documents:
             ids = [IMAGE if part == "I" else rng.integers(cfg.vocab_size) for part in document]
-            images = rng.integers(256, size=(document.count("I"), cfg.image_size, cfg.image_size, 3))
-            pieces = [*images.astype(np.uint8)]
+            side = cfg.image_size
+            images = rng.integers(256, size=(document.count("I"), side, side, 3), dtype=np.uint8)
             # as a piece without its ends, whose last token is only read, it has no other positions
-            found[-1].add(Document(np.array([*ids, READ]), pieces, ends=(False, False)))
+            piece = Document(np.array([*ids, READ]), [*images], ends=(False, False))
+            assert found[-1].add(piece, whole=True), f"{document} has no target, or no room"
     return collate(found, cfg.patch_size)

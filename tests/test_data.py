@@ -58,6 +58,13 @@ def test_the_global_batch_is_the_same_for_any_ranks_and_accumulation(ranks, micr
     assert sorted(rows.tolist()) == sorted(expected.tolist())
 
 
+def test_ranks_share_the_validation_rows():
+    whole, first, second = ([row for batch in make_loader(val_rows=5).val_batches("text", 2, *ranks)
+                             for row in batch["tokens"].tolist()] for ranks in ((), (0, 2), (1, 2)))
+    empty = [0] * len(whole[0])  # so that both have as many, which FSDP needs
+    assert first == whole[::2] and second == [*whole[1::2], empty]
+
+
 def test_worker_processes_change_nothing():
     plain = list(make_loader().train_batches(0, 3, 4, 2))
     workers = list(make_loader(workers=2).train_batches(0, 3, 4, 2))

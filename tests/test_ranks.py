@@ -151,7 +151,7 @@ def test_what_is_known_to_fit_fits():
         return train.rows_that_fit(ModelConfig(**sizes, **changes), machine, shard)
     assert rows("932m") >= 16 and rows("3.35b", 8, True) >= 8
     assert rows("3.35b", 8) < 1 <= rows("3.35b")  # DDP holds the gradients twice
-    assert rows("3.35b", 8, checkpointing=True) >= 1 and rows("932m", checkpointing=True) >= 256
+    assert rows("3.35b", 8, checkpointing=True) < 1 and rows("932m", checkpointing=True) >= 256
     assert rows("8.13b") < 1 <= rows("8.13b", 8, True)
     assert rows("932m", moe="learned") < 1 <= rows("932m", 8, True, moe="learned")
     assert rows("275m", dtype=torch.float32) <= rows("275m") / 2  # of a GPU without bf16

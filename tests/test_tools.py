@@ -139,6 +139,11 @@ def test_mistakes_end_in_one_clear_line(capsys, tmp_path, flags, named):
     assert re.search(named, one_line(SystemExit, cells, capsys, tmp_path, ROWS, *flags))
 
 
+def test_a_field_that_older_rows_lack_tells_nothing_that_another_does():
+    new, old = {"fusion": "early", "heads": 0, "code": "b"}, {"fusion": "early", "code": "a"}
+    assert table.varying([new, old]) == ["code"]
+
+
 def test_a_plot_against_a_share_of_the_mixture(capsys, tmp_path, monkeypatch):
     rows = [row("none", seed, share / 100 * (1 + seed * noise), mixture=f"{share}-{90 - share}-10",
                 fusion=fusion, run=f"{fusion}{share}{seed}")

@@ -231,7 +231,8 @@ def test_results_say_what_the_paper_counts(tmp_path):
                  "status").split():
         assert name in row
     names = [*row]  # tools.table names a line by the first of those that tell it apart
-    assert names.index("fusion") < names.index("width") < names.index("lr")
+    first = [names.index(name) for name in ("fusion", "width", "image_size", "context", "lr")]
+    assert first == sorted(first)
     lines = log(one(tmp_path), "speed.jsonl")
     assert [line["step"] for line in lines] == list(range(10))
     seconds = [line["wall_s"] for line in lines]

@@ -8,7 +8,6 @@ it has ended: C / D and 1 / tok_per_s a token.
 """
 import functools
 import json
-from collections import ChainMap
 from pathlib import Path
 
 from data import check
@@ -39,7 +38,7 @@ def read(folders, over="tokens"):
                     "seconds": lambda row: 1 / row["tok_per_s"]}[over](row)
             step = cost * config["train"]["tokens_per_step"]
             curves.append(([(line["step"] + 1) * step for line in lines], lines))
-            settings.append(dict(ChainMap(*config.values())))
+            settings.append({k: v for part in config.values() for k, v in part.items()})
     unit = "byte" if all(row["tokenizer"] == "bytes" for row in settings) else "token"
     return dict(zip(names(settings), curves)), unit
 

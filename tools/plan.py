@@ -31,7 +31,7 @@ SAMPLES = {"caption": ("DFN or COYO", 77, 1), "interleaved": ("OBELICS", 815, 2.
 
 @dataclass(frozen=True)
 class Cards(train.Machine):
-    """GPUs to plan for, which need not be here."""
+    """GPUs to plan for as if they were this machine."""
     mfu: float = 0.4
     price: float = 0  # dollars for an hour of one
 

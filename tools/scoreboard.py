@@ -14,7 +14,8 @@ the lead of the first became smaller.
   no effect       the interval holds 0 and lies within +-1.5 %
   inconclusive    otherwise; at the measured spread about so many seeds would decide
 
-A new experiment is a line of FINDINGS. Its study is the folder that the sweep wrote to.
+A new experiment is a line of FINDINGS. Its study is the folder that the sweep wrote to, or a pattern
+of several, each of which has its own pairs.
 """
 import re
 from collections import namedtuple
@@ -30,7 +31,7 @@ from train import Parser
 
 SMALL = 1.5  # per cent: what we call no effect
 SETTINGS = ("fusion moe n_experts top_k granularity width vision_width mixture image_size context D"
-            " patch_size tokens_per_step lr vision_lr init init_vision seed").split()
+            " patch_size tokens_per_step lr vision_lr init init_vision seed study").split()
 # What differs with a field, and so need not be equal in a pair.
 FOLLOWS = {"fusion": "lr vision_lr vision_width init init_vision",
            "moe": "n_experts top_k granularity init",
@@ -54,6 +55,8 @@ FINDINGS = [Finding(*line) for line in (
     ("5.3", "this lead shrinks with width", "pairs", EARLY, LATE, 1, "loss", "width"),
     ("5.9", "early is lower at equal parameters", "match_params", MATCHED, LATE, -1),
     ("5.9", "early is lower at equal FLOPs", "match_flops", MATCHED, LATE, -1),
+    ("5.10", "beside one encoder early is lower at equal parameters", "fixed_.+", MATCHED, LATE, -1),
+    ("5.10", "this lead shrinks with size", "fixed_.+", MATCHED, LATE, 1, "loss", "study"),
     ("5.7", "more captions lower their loss", "shares", LESS, MORE, -1, "loss_caption"),
     ("5.7", "more interleaved rows lower theirs", "shares", MORE, LESS, -1, "loss_interleaved"),
     ("5.7", "early's lead grows with interleaved rows", "shares", EARLY, LATE, -1, "loss",
@@ -87,7 +90,7 @@ def chosen(rows, setting, shared, metric):
         if fits and row.get(metric) is not None:
             twin = found.setdefault(tuple((k, row.get(k)) for k in shared), row)
             check(twin is row, f"{twin['run']} and {row['run']} of study {row['study']} differ in "
-                  "nothing that a row says: remove one of them")
+                  f"none of {', '.join(SETTINGS)}: remove one of them")
     return {key: row[metric] for key, row in found.items()}
 
 
@@ -150,7 +153,8 @@ def main(argv=None):
     for finding in FINDINGS:
         if finding.metric == "loss":
             finding = finding._replace(metric=args.loss)
-        x = by_seed(differences([r for r in rows if r["study"] == finding.study], finding))
+        study = [row for row in rows if re.fullmatch(finding.study, row["study"])]
+        x = by_seed(differences(study, finding))
         if len(x) < 2:
             missing.append(f"{finding.claim} ({finding.section})")
             continue

@@ -58,9 +58,10 @@ def read(paths):
 def varying(rows, given=()):
     """The given fields and all others that tell the rows apart. A field that those before it
     determine, as the width does the learning rate, is left out: it would add a column but no line.
-    """
+    Those that rows of an older code lack come last."""
     fields = list(given)
-    for field in dict.fromkeys(chain(*rows)):
+    known = dict.fromkeys(chain(*rows))
+    for field in sorted(known, key=lambda field: not all(field in row for row in rows)):
         lines, more = (len({tuple(row.get(f) for f in some) for row in rows})
                        for some in (fields, [*fields, field]))
         if more > lines and not MEASURED.fullmatch(field):
