@@ -150,16 +150,16 @@ def block_mask(doc, image_id):
     return block_mask_maker(doc.is_cuda)(rule, rows, None, length, length, device=doc.device)
 
 
-def flex_fits(head_dim, dtype):
-    """FlexAttention knows no smaller heads, and in fp32 (a T4) larger ones find no room."""
-    return head_dim >= 16 and dtype == torch.bfloat16
-
-
 @functools.cache
 def block_mask_maker(compiled):
     """create_block_mask. Uncompiled, it takes many small steps that hold all pairs at once."""
     from torch.nn.attention.flex_attention import create_block_mask  # its import takes a second
     return torch.compile(create_block_mask) if compiled else create_block_mask
+
+
+def flex_fits(head_dim, dtype):
+    """FlexAttention knows no smaller heads, and in fp32 (a T4) larger ones find no room."""
+    return head_dim >= 16 and dtype == torch.bfloat16
 
 
 def rope_table(length, head_dim):

@@ -52,6 +52,7 @@ from model import (PRESETS, Block, Model, ModelConfig, adopt, flex_fits, generat
 # Fields that say how or where a run is computed, not what: they are no part of its identity.
 HOW = ("out", "data", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device",
        "compile", "attention", "experts_by", "shard", "workers", "checkpointing")
+IGNORED = (*HOW, "tokenizer")  # in a config: the path of a tokenizer moves with the data
 SIZES = {**PRESETS, "laptop": dict(tokens_per_step=512, vision_lr=1.0)}
 # Published dense bf16 FLOP/s and memory in bytes, to tell MFU and to plan.
 CARDS = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
@@ -558,10 +559,9 @@ class Trainer:
 
     def changed(self, config):
         """The names of what decides the numbers and differs in a checkpoint's config: where there
-        are none, runs share a trunk. (The path of a tokenizer moves with the data.)"""
+        are none, runs share a trunk."""
         ours, theirs = ChainMap(*self.config.values()), ChainMap(*config.values())
-        return ", ".join(name for name in ours if name not in (*HOW, "tokenizer")
-                         and ours[name] != theirs.get(name))
+        return ", ".join(k for k in ours if k not in IGNORED and ours[k] != theirs.get(k))
 
     def begin(self):
         """Starts from the run's own checkpoint, else from the longest trunk of another budget, else
@@ -864,7 +864,7 @@ def result_row(trainer, status, losses):
     """The line of results.jsonl: all that decides the numbers (0 = derived), and the numbers."""
     run, machine, n = trainer.run, trainer.machine, trainer.model.num_params()
     known = {name: value for part in trainer.config.values() for name, value in part.items()
-             if name not in (*HOW, "tokenizer", "experts")}
+             if name not in (*IGNORED, "experts")}
     D, D_vision = trainer.step * run.train.tokens_per_step, trainer.stats["D_vision"]
     ffn = trainer.model.blocks[0].ffn
     return {
