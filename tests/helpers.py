@@ -43,10 +43,10 @@ def same(a, b):
     return {name for name in a if torch.equal(a[name], b[name])}
 
 
-def save_run(folder, model, tokenizer="bytes"):
+def save_run(folder, model, **data):
     """A directory with ckpt.pt, as train.py leaves it: what reads a run needs no more."""
     folder.mkdir(exist_ok=True)
-    data = {"data": "procedural", "mixture": "45-45-10", "tokenizer": tokenizer}
+    data = {"data": "procedural", "mixture": "45-45-10", "tokenizer": "bytes", **data}
     config = {"model": dataclasses.asdict(model.cfg), "data": data,
               "made": {"code": code_version()}}
     torch.save({"model": model.state_dict(), "config": config}, folder / "ckpt.pt")

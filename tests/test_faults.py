@@ -264,7 +264,7 @@ def test_a_damaged_shard_is_named(tmp_path):
 
 
 def parts_of(path, kind):
-    (_, parts), = read_source(Path(path), kind)
+    (_, parts, _), = read_source(Path(path), kind)
     return parts
 
 
@@ -272,7 +272,7 @@ def test_the_bound_is_of_a_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(pack_file, "MAX_BYTES", 100)
     members = ("a.jpg", 60), ("a.txt", 60), ("b.jpg", 60), ("b.txt", 30)
     write_tar(tmp_path / "a.tar", [(name, b"x" * size) for name, size in members])
-    first, second = (parts for _, parts in read_source(tmp_path / "a.tar", "caption"))
+    first, second = (parts for _, parts, _ in read_source(tmp_path / "a.tar", "caption"))
     assert first == ["sample too large"] and second == [b"x" * 60, "x" * 30]
 
 

@@ -301,7 +301,7 @@ def packed(kind, name, content):
         (folder / "a.png").write_bytes(picture())
         (folder / name).write_bytes(content)
         made = [make_document(parts, kind, encoding, 9)
-                for _, parts in read_source(folder / name, kind)]
+                for _, parts, _ in read_source(folder / name, kind)]
         used = [document for document, _ in made if document]
         dropped = [reasons for document, reasons in made if not document]
         assert all(len(reasons) == 1 for reasons in dropped)

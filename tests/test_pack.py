@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 from PIL import Image, ImageFile
@@ -189,15 +190,17 @@ def test_every_layout_gives_the_plain_documents(tmp_path, shared, folder):
 
 def test_images_that_were_fetched_for_obelics_are_found_by_their_urls(tmp_path, capsys):
     """The second URL was not to be had. The files are those of img2dataset's FilesSampleWriter."""
-    urls = [f"https://example.org/{i}.png?x=ü" for i in range(2)]
+    urls = [f"https://example.org/w_9,h_{i}/{i}.png?x=ü" for i in range(2)]
     folder, fetched = tmp_path / "obelics", tmp_path / "fetched"
     for made in (folder, fetched / "00000"):
         made.mkdir(parents=True)
     write = pyarrow.parquet.write_table
     write(pyarrow.table({"images": [[urls[0], None, urls[1]]], "texts": [[None, "seen", None]]}),
           folder / "a.parquet")
-    obelics_main([str(folder), "--urls", str(tmp_path / "new" / "urls.txt")])
-    assert (tmp_path / "new" / "urls.txt").read_text("utf-8").split() == urls
+    obelics_main([str(folder), "--urls", str(tmp_path / "new" / "urls.tsv")])
+    listed = pyarrow.csv.read_csv(  # as img2dataset reads it
+        tmp_path / "new" / "urls.tsv", parse_options=pyarrow.csv.ParseOptions(delimiter="\t"))
+    assert listed["url"].to_pylist() == urls
     write(pyarrow.table({"url": urls, "key": ["000000", "000001"]}), fetched / "00000.parquet")
     (fetched / "00000" / "000000.jpg").write_bytes(picture(fmt="JPEG"))
     for _ in range(2):  # it may be given again
@@ -210,6 +213,9 @@ def test_images_that_were_fetched_for_obelics_are_found_by_their_urls(tmp_path, 
         one_line(SystemExit, obelics_main, [str(tmp_path), *flags])
     named = one_line(SystemExit, obelics_main, [str(folder), "--fetched", str(folder)])
     assert "a.parquet" in named and "url" in named
+    (folder / "a.parquet").write_bytes(b"PAR1")  # img2dataset is not yet at its end
+    named = one_line(SystemExit, obelics_main, [str(folder), "--fetched", str(folder)])
+    assert "a.parquet" in named
 
 
 def test_caption_tar_without_txt_and_in_any_order(tmp_path):
@@ -331,7 +337,7 @@ def test_an_image_that_may_not_be_read_costs_its_document_only(tmp_path, monkeyp
     monkeypatch.setattr(tools.pack, "find_image", Mock(side_effect=PermissionError))
     path = write_lines(tmp_path / "a.jsonl", obelics(["x", None], [None, "a.png"]),
                        obelics(["y"], [None]))
-    assert [parts for _, parts in read_source(path, "interleaved")] == [
+    assert [parts for _, parts, _ in read_source(path, "interleaved")] == [
         ["broken record (PermissionError)"], ["y"]]
 
 
@@ -345,7 +351,7 @@ def test_cut_and_damaged_files(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "empty.jsonl").write_bytes(b"")
     for name, kind in (("cut.jsonl.zst", "text"), ("bad.parquet", "interleaved")):
-        *before, (_, last) = read_source(tmp_path / name, kind)
+        *before, (_, last, _) = read_source(tmp_path / name, kind)
         assert last == [f"{DAMAGED} {name}"]
         assert (len(before) > 100) == (kind == "text"), "it keeps the rest"
     meta, shards = pack_one(tmp_path, "text", tmp_path)
@@ -519,7 +525,7 @@ def test_interrupt_keeps_nothing_half_written(tmp_path, monkeypatch):
     path = write_texts(tmp_path / "a.jsonl", *"123456789")
 
     def interrupted(*args):
-        yield "0", ["something"]
+        yield "0", ["something"], None
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="same command"):
@@ -544,6 +550,17 @@ def test_names_do_not_collide_and_changed_files_are_packed_again(tmp_path):
     for options in ({"image_size": 112}, {"tokenizer": str(SHARED / "tokenizers/gpt2.tiktoken")}):
         with pytest.raises(SystemExit, match="another tokenizer.*choose another --out"):
             pack(sources, tmp_path / "out", val_fraction=0, workers=1, **options)
+
+
+def test_a_file_that_has_moved_is_not_packed_twice(tmp_path):
+    """Its documents would be there twice, and with another split in both."""
+    write_texts(tmp_path / "raw" / "a.jsonl", "one", "two")
+    pack_one(tmp_path, "text", tmp_path / "raw")
+    (tmp_path / "raw").rename(tmp_path / "moved")
+    for split in ("train", "val"):
+        named = one_line(SystemExit, pack_one, tmp_path, "text", tmp_path / "moved", split=split)
+        assert str(tmp_path / "raw" / "a.jsonl") in named and "out/text" in named
+    assert texts(Shards(tmp_path / "out"), "text") == ["one", "two"]
 
 
 def test_shards_count_and_go_to_other_processes(shared):

@@ -1,18 +1,26 @@
 """python -m pytest tests/test_sample.py   (about 5 seconds)
 
 The tools beside the model: sample, convert, check, experts, facts and words."""
+import base64
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import train
-from helpers import build, hidden, make_batch, one_line, read_weights, same, save_run
+from data import read_meta
+from helpers import (build, hidden, make_batch, one_line, read_weights, same, save_run,
+                     write_lines)
 from model import Attention, adopt, attention_mask, rope_table
-from test_pack import picture
+from test_pack import llava, picture
 from tools import check, convert, experts, facts, sample, words
+from tools.pack import pack
 from world import World
+
+CONVERSATION = json.dumps([llava(None, "why?", "so")])
 
 
 def test_sample_prints_a_caption(tmp_path, capsys):
@@ -22,6 +30,29 @@ def test_sample_prints_a_caption(tmp_path, capsys):
     for more in ([], ["--image", str(tmp_path / "cat.png")]):
         sample.main(args + more)
         assert capsys.readouterr().out.startswith("a cat")
+
+
+def test_data_that_have_moved_can_be_named(tmp_path, capsys):
+    """The tokenizer lies in them; one with other ids is refused."""
+    for name, ranks in (("a", range(256)), ("b", reversed(range(256)))):
+        lines = (f"{base64.b64encode(bytes([i])).decode()} {rank}" for i, rank in enumerate(ranks))
+        (tmp_path / f"{name}.tiktoken").write_text("\n".join(lines), "utf-8")
+        pack({"conversation": [str(write_lines(tmp_path / "c.json", CONVERSATION))]},
+             tmp_path / name, str(tmp_path / f"{name}.tiktoken"), split="val", workers=1)
+        pack({"text": [str(write_lines(tmp_path / "t.jsonl", '{"text": "t"}'))]},
+             tmp_path / name, str(tmp_path / f"{name}.tiktoken"), val_fraction=0, workers=1)
+    meta = read_meta(tmp_path / "a")
+    save_run(tmp_path / "run", build(vocab_size=264), data=str(tmp_path / "gone"),
+             mixture="0-0-0-100", tokenizer=str(tmp_path / "gone" / "tokenizer.tiktoken"),
+             tokenizer_hash=meta["tokenizer_hash"])
+    run, page = str(tmp_path / "run"), str(tmp_path / "page.png")
+    sample.main([run, "--data", str(tmp_path / "a"), "--prompt", "x", "--max-new-tokens", "2"])
+    assert "\nx" in capsys.readouterr().out
+    sample.main([run, "--data", str(tmp_path / "a"), "--out", page])  # of a text without a picture
+    assert Path(page).is_file()
+    assert "another tokenizer" in one_line(SystemExit, sample.main,
+                                           [run, "--data", str(tmp_path / "b"), "--prompt", "x"])
+    assert "gone" in one_line(SystemExit, sample.main, [run, "--prompt", "x"])
 
 
 def test_mistakes_of_sample_end_in_one_line(tmp_path):

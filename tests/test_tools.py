@@ -4,17 +4,18 @@ import re
 import sys
 from datetime import timedelta
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 import train
 from data import encode, expand, get_tokenizer
-from helpers import ROOT, one_line, python, tiny, write_rows
+from helpers import ROOT, one_line, python, tiny, write_lines, write_rows
 from model import on_meta
 from test_pack import llava, picture
 from tools import board, curves, plan, score, sizes, sweep, table
+from tools.pack import pack
 from world import QUESTIONS
 
 ENCODING, SHAPE = get_tokenizer(), tiny()
@@ -254,13 +255,29 @@ def test_a_caption_is_the_answer_to_its_picture():
     assert references == ["a cat."]
 
 
+def test_held_out_questions_come_from_all_over_a_packed_set(tmp_path):
+    """Not from its beginning, which is the first file, and never the rest of one that was cut."""
+    for name in ("a", "b"):
+        records = [llava(None, f"{i}?", name) for i in range(100)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records), "utf-8")
+    pack({"conversation": [str(tmp_path / "*.json")]}, tmp_path / "out", split="val", workers=1)
+    pack({"text": [str(write_lines(tmp_path / "t.jsonl", '{"text": "t"}'))]}, tmp_path / "out",
+         val_fraction=0, workers=1)
+    model = SimpleNamespace(cfg=tiny(context=64))
+    found = [*score.held_out(model, {"mixture": "0-0-0-100", "tokenizer": "bytes"},
+                             str(tmp_path / "out"), 20)]
+    answers = [tokens[-1] for _, tokens, *_ in found]
+    assert len(found) == 20 and abs(answers.count(ord("a")) - 10) <= 1
+    assert all(tokens[0] == ENCODING.eot_token for _, tokens, *_ in found)
+
+
 def test_score_names_what_it_cannot_find(sft_run, tmp_path):
     path = vqa(tmp_path, [{**RECORDS[0], "image": "blue.png"}])
     broken = tmp_path / "broken.json"
     broken.write_text("{", "utf-8")
     for flags, named in ((["no/run"], "no/run"), ([sft_run, "--data", "no.json"], "no.json"),
                          ([sft_run, "--data", path], "vqa.json, record 0: missing image"),
-                         ([sft_run, "--data", broken], "broken.json")):
+                         ([sft_run, "--data", broken], "broken.json"), ([sft_run, "-n", 0], "-n 0")):
         with pytest.raises(SystemExit, match=named):
             score.main([*map(str, flags)])
 
@@ -275,6 +292,7 @@ def test_scores_of_a_model_that_knows_the_answers(sft_run, tmp_path, monkeypatch
     result = json.loads(out.read_text("utf-8"))
     assert result["accuracy"] == pytest.approx((2 / 9 + 1 + 0) / 3) and result["n_scored"] == 3
     assert result["run"] == sft_run.name and result["width"] == 16  # the run's own row is in it
+    assert result["study"] == sft_run.parent.name  # or runs of one name would be one line
     assert "true: 'two'" in capsys.readouterr().out
 
 

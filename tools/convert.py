@@ -87,7 +87,7 @@ def main(argv=None):
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(args.out), lambda path: torch.save(checkpoint, path))
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise SystemExit(f"cannot write {args.out}: {str(error).splitlines()[0]}") from None
     print(f"wrote {args.out}: " + ", ".join(f"{name} {value}" for name, value in fields.items()))
 

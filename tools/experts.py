@@ -84,9 +84,10 @@ def draw(counts, out):
 def main(argv=None):
     parser = Parser(prog="python -m tools.experts", description=__doc__.splitlines()[0])
     parser.add_argument("run", help="directory of one run of train.py, with ckpt.pt")
+    parser.add_argument("--data", help="packed folder, if the run's has moved")
     parser.add_argument("--out", default="experts.png")
     args = parser.parse_args(argv)
-    model, data = load_model(args.run)
+    model, data = load_model(args.run, args.data)
     check(model.cfg.moe == "learned", f"{args.run} has no router (--moe {model.cfg.moe}): train "
           "with --moe learned")
     cfg = DataConfig(data["data"], data["mixture"], val_rows=32)

@@ -1,7 +1,7 @@
 """Bring the images of OBELICS, which are published as URLs, to where tools.pack finds them.
 
-    python -m tools.obelics obelics/data --urls urls.txt
-    img2dataset --url_list urls.txt --input_format txt --output_format files \\
+    python -m tools.obelics obelics/data --urls urls.tsv
+    img2dataset --url_list urls.tsv --input_format tsv --output_format files \\
         --output_folder fetched --image_size 256 --resize_mode keep_ratio
     python -m tools.obelics obelics/data --fetched fetched
     python -m tools.pack --interleaved obelics/data ...
@@ -28,7 +28,11 @@ def batches(folder, columns, remedy):
     parquet, files = need("pyarrow.parquet", "pyarrow"), sorted(folder.glob("*.parquet"))
     check(files, f"{folder} has no .parquet file: {remedy}")
     for path in tqdm(files, "files", disable=None):
-        file = parquet.ParquetFile(path)
+        try:
+            file = parquet.ParquetFile(path)
+        except ValueError as error:  # a download that was cut, or img2dataset is still at it
+            raise SystemExit(f"{path} is no whole parquet file ({error}): wait until it is, or "
+                             "delete it") from None
         check({*columns} <= {*file.schema_arrow.names}, f"{path} has no column "
               f"{' or no '.join(columns)}: {remedy}")
         for batch in file.iter_batches(4096, columns=columns):
@@ -40,6 +44,7 @@ def list_urls(folder, out):
     def write(path):
         nonlocal n
         with open(path, "w", encoding="utf-8") as file:
+            file.write("url\n")  # a tsv, because img2dataset would split a line of txt at commas
             for _, rows in batches(folder, ["images"], "name the folder of OBELICS' data"):
                 urls = dict.fromkeys(url for images in rows["images"] for url in images if url)
                 file.writelines(f"{url}\n" for url in urls)

@@ -252,11 +252,11 @@ def read_source(path, kind):
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError,
                     OSError) as error:  # OSError: an image beside the file that may not be read
                 parts = [Skip(f"broken record ({type(error).__name__})")]
-            yield key, parts
+            yield key, parts, record
     except Exception as error:  # on hostile files the libraries raise nearly every type
         reason = str(error).partition("\n")[0][:80]
         # a reason of its own for each file, because only the first place of a reason is named
-        yield reason, [Skip(f"truncated or damaged file {path.name}")]
+        yield reason, [Skip(f"truncated or damaged file {path.name}")], None
 
 
 # ---- Images --------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def pack_file(source, kind, folder, tokenizer, made_from):
     warnings.filterwarnings("ignore", module="PIL")  # odd EXIF and the like
     tables, skipped, counts = {}, {}, {}
     with open(tmp / "data", "wb") as file:
-        for key, parts in read_source(source, kind):
+        for key, parts, _ in read_source(source, kind):
             document, reasons = make_document(parts, kind, encoding, made_from["store_size"])
             place = key + 1 if isinstance(key, int) else key  # lines as an editor counts them
             for reason in reasons:
@@ -436,10 +436,21 @@ def unfinished(jobs, out, config):
             print(f"note: {path} was packed with another --split or --val-fraction; it is packed "
                   "again, because nothing may be in both train and val")
     todo = [job for job in jobs if done.get(job[2]) != job[4]]
+    gone = {seen_as(x): (x["path"], folder) for folder, x in done.items()
+            if not os.path.exists(x["path"])}
+    for path, *_, made_from in todo:  # or its documents would be there twice, or in both splits
+        before, folder = gone.get(seen_as(made_from), ("", ""))
+        check(not before, f"{path} seems to be {before}, which was packed before and has moved: "
+              f"move it back, or delete {folder} to pack it anew")
     hint = f" (to pack one again, as when images were missing, delete its folder in {out})"
     print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them packed before"
           + (hint if len(todo) < len(jobs) else ""))
     return todo
+
+
+def seen_as(made_from):
+    """What a file keeps when it moves."""
+    return Path(made_from["path"]).name, made_from["size"], made_from["mtime"]
 
 
 def read_shards(out):

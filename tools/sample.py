@@ -13,23 +13,29 @@ from pathlib import Path
 
 import torch
 
-from data import check, get_tokenizer, patchify, square
+from data import check, get_tokenizer, patchify, read_meta, square
 from model import Model, ModelConfig, generate, read_checkpoint
 from train import Parser, code_version
 
 
-def load_model(run_dir):
+def load_model(run_dir, data_now=None):
     """A run's directory -> its Model, on a GPU if there is one and in eval mode, and its data
-    settings (dict). Says so on stderr if the code was edited since."""
+    settings (dict). Says so on stderr if the code was edited since. data_now: the packed folder to
+    use instead of the run's own, which may have moved."""
     def build(ckpt):
         if ckpt["config"].get("made") != {"code": code_version()}:
             print(f"note: other code has trained {run_dir}; today's runs its weights",
                   file=sys.stderr)
         model = Model(ModelConfig(**ckpt["config"]["model"]))
         model.load_state_dict(ckpt["model"])
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.to(device).eval(), ckpt["config"]["data"]
-    return read_checkpoint(run_dir, build)
+        return model.eval(), ckpt["config"]["data"]
+    model, data = read_checkpoint(run_dir, build)
+    if data_now and Path(data_now, "data.json").is_file():
+        meta = read_meta(data_now)
+        check(data.get("tokenizer_hash") == meta["tokenizer_hash"],
+              f"{data_now}: packed with another tokenizer than the run's")
+        data = {**data, "data": data_now, "tokenizer": meta["tokenizer"]}
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), data
 
 
 def read_image(path, size):
@@ -61,7 +67,7 @@ def draw_held_out(model, data, tokenizer, out, n=3):
                  ("nats", f"the model says: {tokenizer.decode(said).strip()}"))
         segments = [*((0, "image", i, 0) for i in range(len(images))),
                     *((0, kind, text, 0) for kind, text in texts if text)]
-        pictures = picture(torch.stack(images), cfg.patch_size, cfg.image_size)
+        pictures = picture(torch.stack(images), cfg.patch_size, cfg.image_size) if images else ()
         y = draw_document(axes, y, segments, pictures, str, 1.5) + 0.5
     save_page(axes, y, out)
 
@@ -87,11 +93,12 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="draw among this many, 0: all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", help="packed folder, if the run's has moved")
     parser.add_argument("--out", help="draw three held-out pictures and their captions here")
     args = parser.parse_args(argv)
     check(args.temperature >= 0 and args.top_k >= 0,
           f"--temperature {args.temperature} --top-k {args.top_k}: need 0 or more")
-    model, data = load_model(args.run_dir)
+    model, data = load_model(args.run_dir, args.data)
     tokenizer, cfg = get_tokenizer(data["tokenizer"]), model.cfg
     if args.out:
         check(not args.image and not args.prompt, "--out draws held-out pictures: leave out "

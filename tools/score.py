@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import DataConfig, Loader, check, encode, expand, get_tokenizer, patchify, square
+from data import (DataConfig, Packed, Procedural, check, encode, expand, get_tokenizer, patchify,
+                  square)
 from model import generate
-from tools.pack import Skip, load_image, read_samples, read_source
+from tools.pack import LAYOUTS, Skip, load_image, read_source
 from tools.sample import load_model
 from train import Parser, finished
-from world import KINDS
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # not the apostrophe, the colon and the full stop
 NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(),
@@ -96,35 +96,34 @@ def held_out(model, data, source, n):
     """Validation documents as (kind, tokens, patch, target, images, None), n of each kind."""
     shares = DataConfig(mixture=data["mixture"]).shares
     asked = "conversation" if "conversation" in shares else "caption"
-    mixture = "-".join("100" if kind == asked else "0" for kind in KINDS)
-    loader = Loader(DataConfig(source, mixture, val_rows=n), 0, model.cfg)
-    ours, theirs = get_tokenizer(data["tokenizer"]), loader.encoding
+    kind_of_source = Procedural if source == "procedural" else Packed
+    found = kind_of_source(DataConfig(source, val_rows=n), 0, model.cfg)
+    ours, theirs = get_tokenizer(data["tokenizer"]), found.encoding
     check((ours._pat_str, ours._mergeable_ranks) == (theirs._pat_str, theirs._mergeable_ranks),
           f"{source}: packed with another tokenizer than the run's")
-    for kind in loader.source.validated_as.get(asked, [asked]):
-        numbers = range(loader.source.n_rows(kind, "val"))
-        rows = (loader.source.val_row(kind, i) for i in numbers)
-        places = ((row, row.doc == i + 1) for row in rows for i in range(row.n_docs))
-        for row, at in islice(places, n):
-            if row.tokens[at][0] == row.eot:  # else it is the rest of a document that was cut
-                yield kind, row.tokens[at], row.patch[at], row.target[at], row.images, None
+    for kind in found.validated_as.get(asked, [asked]):
+        rows = [found.val_row(kind, i) for i in range(found.n_rows(kind, "val"))]
+        places = [(row, row.doc == i + 1) for row in rows for i in range(row.n_docs)]
+        # what does not start with end-of-text is the rest of a document that was cut
+        places = [(row, at) for row, at in places if row.tokens[at][0] == row.eot]
+        # the world's documents are all alike; those of files come from all over the set
+        step = 1 if source == "procedural" else max(1, len(places) // n)
+        for row, at in places[:n * step:step]:
+            yield kind, row.tokens[at], row.patch[at], row.target[at], row.images, None
 
 
 def conversations(path, cfg, encoding):
     """The same of a json, with the "answers" of its records, laid out as for training."""
-    # opened only after the reader below, which turns what is wrong with the file into a Skip
-    records = (record for file in [path] for _, record, _ in read_samples(file))
-    for key, parts in read_source(path, "conversation"):
+    for key, parts, record in read_source(path, "conversation"):
         parts = [load_image(x, cfg.image_size) if isinstance(x, bytes) else x for x in parts]
         for part in parts:
             check(not isinstance(part, Skip), f"{path}, record {key}: {part}")
         document = encode([square(part, cfg.image_size) if isinstance(part, np.ndarray) else part
                            for part in parts], encoding)
         ids, patch, target, _ = expand(document, encoding.eot_token, cfg.n_patches)
-        record = next(records)
-        record = json.loads(record) if isinstance(record, bytes) else record
-        answers = [answer["answer"] if isinstance(answer, dict) else answer  # as VQA has them
-                   for answer in record.get("answers") or ()]
+        answers = record.get("answers") or ()
+        answers = [str(answer["answer"] if isinstance(answer, dict) else answer)  # as VQA has them
+                   for answer in ([answers] if isinstance(answers, str) else answers)]
         yield "question", ids, patch, target, document.images, answers
 
 
@@ -147,10 +146,10 @@ def exchanges(documents, cfg, encoding):
 def answer_all(run, source, n, max_new_tokens):
     """The folder of a run -> the source that was asked, and a list of (kind, what the model says,
     references)."""
-    model, data = load_model(run)
+    model, data = load_model(run, source)
     source, encoding, said = source or data["data"], get_tokenizer(data["tokenizer"]), []
     documents = islice(conversations(Path(source), model.cfg, encoding), n) \
-        if source.endswith((".json", ".jsonl")) else held_out(model, data, source, n or 64)
+        if source.endswith(LAYOUTS["conversation"][2]) else held_out(model, data, source, n or 64)
     for kind, prompt, references in tqdm(exchanges(documents, model.cfg, encoding), disable=None):
         ids = []
         with suppress(ValueError):  # a prompt that fills the context: "", a wrong answer
@@ -176,8 +175,9 @@ def append_scores(path, run, scores):
     """Adds a row for tools.table to a file: what the run's own row says, and its scores."""
     folder = Path(run).resolve()
     trained = finished(folder.parent).get(folder.name, {"run": folder.name})
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps({**trained, **scores}) + "\n")
+        file.write(json.dumps({"study": folder.parent.name, **trained, **scores}) + "\n")
 
 
 def main(argv=None):
@@ -190,6 +190,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check(args.data in (None, "procedural") or Path(args.data).exists(), f"{args.data} does not "
           "exist: give a json in LLaVA's layout, a packed folder or procedural")
+    check(args.n is None or args.n > 0, f"-n {args.n}: need at least 1")
     runs = [run for run in args.runs if Path(run, "ckpt.pt").is_file()] or args.runs[:1]
     for run in args.runs:
         if run not in runs:

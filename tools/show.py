@@ -89,7 +89,7 @@ def picture(patches, p, size):
     return images.reshape(-1, size, size, 3).numpy()
 
 
-def draw_document(axes, y, segments, images, decode, gap=1):
+def draw_document(axes, y, segments, images, decode, gap):
     """Text stands to the right of the images before it. Returns the y of the line below."""
     top, bottom, left, x = y, y, 7, 7
     for _, kind, payload, nats in segments:
@@ -175,8 +175,7 @@ def main(argv=None):
     cfg = DataConfig(args.data, args.mixture or DataConfig.mixture, val_rows=max(64, args.n))
     source = (Packed if real else Procedural)(cfg, args.seed, shape)
     used = list(cfg.shares if args.mixture or not real else source.kinds[args.split])
-    check(used and args.n > 0, f"-n {args.n}: need at least one row, and documents in the split "
-          f"{args.split} of {args.data}")
+    check(args.n > 0, f"-n {args.n}: need at least one row")
     kinds = [(used[i % len(used)], i // len(used)) for i in range(args.n)]  # in turn
     if args.split == "val":  # a small validation set is shown again from its start
         rows = [source.val_row(kind, n % source.n_rows(kind, "val")) for kind, n in kinds]
