@@ -177,3 +177,6 @@ def test_the_multiplier_of_a_planted_pair(tmp_path, capsys):
     errors = [line for line in said.splitlines() if "mean error" in line]
     assert len(errors) == 2 and all("mean error +0.0 %" in line or "-0.0 %" in line
                                     for line in errors)
+    unlike = [row | {"N": row["N"] * (1 + i / 1000)} for i, row in enumerate(rows)]  # no size twice
+    multiplier.main([write_rows(tmp_path / "results.jsonl", unlike)])
+    assert capsys.readouterr().out.count("mean error") == 2 * (12 - 6)

@@ -73,6 +73,31 @@ def test_only_runs_that_differ_in_the_setting_alone_are_pairs(capsys, tmp_path):
     assert verdicts(capsys, tmp_path, rows)[LEAD][3] == "3"
 
 
+def test_a_pair_shares_what_no_side_of_the_finding_names(capsys, tmp_path):
+    """8 experts at another rate, of late fusion or deeper than the dense models are no partners."""
+    claim = "8 experts are lower than dense"
+    dense = [row | {"study": "moe", "lr": 0.01} for row in pairs((1.0, 1.1, 1.2))[:3]]
+    experts = [row | {"moe": "learned", "n_experts": 8, "top_k": 1, "granularity": 1,
+                      "loss": 0.9 * row["loss"], "run": f"e{row['seed']}"} for row in dense]
+    assert verdicts(capsys, tmp_path, dense + experts)[claim][-1] == "**replicates**"
+    for other in ({"lr": 0.02}, {"fusion": "late"}, {"depth": 8}, {"warmup": 9}):
+        rows = dense + [row | other for row in experts]
+        assert claim not in verdicts(capsys, tmp_path, rows), other
+    both = dense + experts + [row | {"lr": 0.02, "run": row["run"] + "-2"}
+                              for row in dense + experts]
+    assert verdicts(capsys, tmp_path, both)[claim][3] == "3"  # the mean over the rates
+
+
+def test_the_ends_of_a_lead_are_the_smallest_and_the_largest(capsys, tmp_path):
+    """fixed_128 comes after fixed_16, although it would not in a dictionary."""
+    rows = [row | {"study": f"fixed_{width}", "run": f"{row['run']}-{width}"}
+            for width, loss in ((16, 0.7), (32, 0.8), (128, 0.9))
+            for row in pairs((loss, loss * 1.1, loss * 1.21), (1.0, 1.1, 1.21), width=width)]
+    assert verdicts(capsys, tmp_path, rows)["this lead shrinks with size"][2].startswith("+20.0")
+    with pytest.raises(SystemExit, match="loss_txt"):
+        verdicts(capsys, tmp_path, rows, "--loss", "loss_txt")
+
+
 def test_the_seeds_that_count_have_every_width(capsys, tmp_path):
     """The lead grows from 10 % to 20 %, where the paper found that it shrinks."""
     rows = pairs((0.9, 1.0, 1.07)) + pairs((0.8, 0.89), (1.0, 1.1), width=32)

@@ -167,6 +167,9 @@ def test_early_fusion_is_matched_to_late(capsys):
     for rule, encoder in (("params", 1), ("flops", share)):
         assert N[rule] == pytest.approx(n["N"] + encoder * n["N_vision"], rel=0.05), rule
     assert N["text"] < N["flops"] < N["params"] and N["text"] == n["N"]
+    assert said(capsys, "--match", "text", "--width", "8").split()[-1] == "8"
+    assert int(said(capsys, "--match", "params", "--width", "16", "--vision-width", "128")
+               .split()[-1]) > 64  # beside a large encoder
 
 
 def test_every_resolution_reads_the_same_text(capsys):

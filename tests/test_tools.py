@@ -62,6 +62,8 @@ def test_seeds_are_pooled_and_only_fields_that_vary_are_columns(capsys, tmp_path
     assert list(none) == ["moe", "n", "N", "D", "loss", "tokens/s", "Δ loss, %"]
     assert [none[x] for x in ("loss", "n", "Δ loss, %")] == ["1.2000 ± 0.2000", "3", "reference"]
     assert learned["moe"] == "learned" and learned["loss"] == "1.0667 ± 0.2082"
+    rows = [{**r, "mfu": 0.4 + 0.01 * i, "facts_bits": i} for i, r in enumerate(ROWS)]  # measured
+    assert [line["n"] for line in cells(capsys, tmp_path, rows)[0]] == ["3", "3"]
     rows = [{**r, "init": f"runs/text-s{r['seed']}"} for r in ROWS]  # differs as the seed does
     lines, _ = cells(capsys, tmp_path, rows, "--by", "moe")
     assert [line["n"] for line in lines] == ["3", "3"]
@@ -69,8 +71,10 @@ def test_seeds_are_pooled_and_only_fields_that_vary_are_columns(capsys, tmp_path
 
 def test_a_run_that_two_studies_share_is_in_both(capsys, tmp_path):
     rows = [{**r, "study": study} for study in ("moe", "pairs") for r in ROWS]
-    lines, _ = cells(capsys, tmp_path, rows, "--where", "study=moe", "--by", "moe")
-    assert [line["n"] for line in lines] == ["3", "3"]
+    for rules in (["study=moe"], ["study!=pairs", "loss<2"]):
+        flags = [word for rule in rules for word in ("--where", rule)]
+        lines, _ = cells(capsys, tmp_path, rows, *flags, "--by", "moe")
+        assert [line["n"] for line in lines] == ["3", "3"]
 
 
 def test_two_folders_are_compared_as_two_studies(capsys, tmp_path):
@@ -135,7 +139,8 @@ def test_diverged_runs_are_counted_and_named(capsys, tmp_path):
     (["--by", "fusion"], "fusion"), (["--metric", "loss,lost"], "lost"),
     (["--by", "top-k"], "top-k"), (["--by", "mixture"], "--by .*moe"),
     (["--against", "moe=modality"], "moe=modality"), (["--plot", "moe"], "--plot moe"),
-    (["--where", "moe"], "--where moe"), (["no/such/folder"], "no/such/folder")])
+    (["--where", "moe"], "'moe'"), (["--where", "loss>9"], "loss>9"),
+    (["--metric", "mixture"], "mixture"), (["no/such/folder"], "no/such/folder")])
 def test_mistakes_end_in_one_clear_line(capsys, tmp_path, flags, named):
     assert re.search(named, one_line(SystemExit, cells, capsys, tmp_path, ROWS, *flags))
 
@@ -185,6 +190,13 @@ def test_curves_of_any_folders_over_tokens_flops_and_seconds(study, sft_run, pag
         assert spent[-1] == pytest.approx(total * last / row["steps"])
     assert drawn(late, sft_run)[0] == n_axes
     assert set(drawn(late)[1]) == {"late fusion, dense, width 16"}
+
+
+def test_a_curve_is_named_by_what_decides_it():
+    """Not by the folder it lies in, which two rates of learning also differ in."""
+    run = {"fusion": "early", "moe": "none", "width": 16, "seed": 0}
+    told = curves.names([{**run, "lr": lr, "out": f"runs/{lr}"} for lr in (0.01, 0.02)])
+    assert told == [f"early fusion, dense, width 16, lr {lr}" for lr in (0.01, 0.02)]
 
 
 @pytest.mark.parametrize("text,normal", [
@@ -333,8 +345,8 @@ def test_a_board_gets_every_curve_with_its_step(to, tmp_path, monkeypatch):
         def log(self, values):
             sent.append((*values.items(),))
 
-        def SummaryWriter(self, folder):
-            assert folder == tmp_path / "board" / "a"
+        def SummaryWriter(self, folder, purge_step):
+            assert folder == tmp_path / "board" / "a" and purge_step == 0  # all is sent anew
             return self
 
         def add_scalar(self, key, value, step):
@@ -353,8 +365,7 @@ def test_a_board_gets_every_curve_with_its_step(to, tmp_path, monkeypatch):
     full = '{"step": 0, "loss": 5.0}\n{"st\n{"step": 1, "lo'  # the disk was, for a moment
     log.write_text(full, encoding="utf-8")
     log.with_name("speed.jsonl").write_text('{"step": 0, "tok_per_s": 9}\n', encoding="utf-8")
-    with pytest.raises(KeyboardInterrupt):
-        board.main([str(tmp_path), "--to", to, "--follow"])
+    board.main([str(tmp_path), "--to", to, "--follow"])
     assert sent == [((key, value), ("training step", step)) for key, value, step in (
         ("loss", 5.0, 0), ("tok_per_s", 9, 0), ("loss", 4.0, 1))]
 

@@ -5,8 +5,9 @@
     python -m tools.board runs/demo --to wandb        one project a study, one run a run
 
 Training knows nothing of either: this reads the log.jsonl and speed.jsonl of each run, from any
-machine that sees the folder, and sends what it has not sent before.
+machine that sees the folder, and sends it, with --follow also what comes later.
 """
+import contextlib
 import functools
 import time
 from collections import defaultdict
@@ -43,7 +44,8 @@ def tensorboard(out):
     """-> a function that makes the writer of a run: (name of a curve, value, step) -> None."""
     need("tensorboard", "tensorboard")
     from torch.utils.tensorboard import SummaryWriter
-    return lambda name: SummaryWriter(out / "board" / name).add_scalar
+    # what was sent before counts no more, because all of it is sent again
+    return lambda name: SummaryWriter(out / "board" / name, purge_step=0).add_scalar
 
 
 def wandb(out):
@@ -68,9 +70,10 @@ def main(argv=None):
     writer_of = functools.cache({"tensorboard": tensorboard, "wandb": wandb}[args.to](args.out))
     seen = defaultdict(int)
     send(args.out, seen, writer_of)
-    while args.follow:
-        time.sleep(5)
-        send(args.out, seen, writer_of)
+    with contextlib.suppress(KeyboardInterrupt):
+        while args.follow:
+            time.sleep(5)
+            send(args.out, seen, writer_of)
     print(f"sent {writer_of.cache_info().currsize} runs to {args.to}")
 
 

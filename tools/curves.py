@@ -14,7 +14,7 @@ from data import check
 from fit_laws import json_row
 from tools import human, panels, save, style
 from tools.table import varying, words
-from train import Parser, finished
+from train import HOW, Parser, finished
 from world import KINDS, QUESTIONS
 
 AXES = {"tokens": "training tokens", "flops": "training FLOPs (1B = 1e9)",
@@ -38,15 +38,16 @@ def read(folders, over="tokens"):
                     "seconds": lambda row: 1 / row["tok_per_s"]}[over](row)
             step = cost * config["train"]["tokens_per_step"]
             curves.append(([(line["step"] + 1) * step for line in lines], lines))
-            settings.append({k: v for part in config.values() for k, v in part.items()})
+            known = [item for part in config.values() for item in part.items()]
+            settings.append(dict(sorted(known, key=lambda item: item[0] in HOW)))
     unit = "byte" if all(row["tokenizer"] == "bytes" for row in settings) else "token"
     return dict(zip(names(settings), curves)), unit
 
 
 def names(settings):
     """What tells each run from the others, in words."""
-    told = varying(settings, ("fusion", "moe", "width"))
-    told += ["seed"] * (len({row["seed"] for row in settings}) > 1)
+    several = ["seed"] * (len({row["seed"] for row in settings}) > 1)
+    told = varying(settings, ["fusion", "moe", "width", *several])
     return [words({field: row.get(field) for field in told}) for row in settings]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from data import check
 from fit_laws import fit_law, gather, number, parse_args, predict
+from tools import end_with_the_pipe, human
 from train import Parser
 
 
@@ -26,10 +27,10 @@ def show(runs):
     """The losses, a line a size and a column a number of tokens."""
     print(f"{runs.name}: losses of all models but the largest")
     tokens = np.unique(runs.D)
-    print(f"{'N':>12}  D" + "".join(f"{D:>13,.0f}" for D in tokens))
+    print(f"{'N':>12}  D" + "".join(f"{human(D):>9}" for D in tokens))
     for N in np.unique(runs.N):
         cells = [runs.L[(runs.N == N) & (runs.D == D)] for D in tokens]
-        texts = [f"{L.mean():13.3f}" if len(L) else 13 * " " for L in cells]
+        texts = [f"{L.mean():9.3f}" if len(L) else 9 * " " for L in cells]
         print(f"{N:12,.0f}   " + "".join(texts))
 
 
@@ -49,9 +50,9 @@ def ask(hidden, given):
 def score(guesses, law, hidden):
     """Print each guess beside the law and the truth; -> mean errors of both in per cent."""
     errors = 100 * np.abs(np.array([guesses, law]) / hidden[2] - 1)
-    print(f"\n{'N':>12}{'D':>13}{'you':>9}{'law':>9}{'truth':>9}   you and the law are off by")
+    print(f"\n{'N':>12}{'D':>9}{'you':>9}{'law':>9}{'truth':>9}   you and the law are off by")
     for (N, D, truth), guess, fitted, off in zip(hidden.T, guesses, law, errors.T):
-        print(f"{N:12,.0f}{D:13,.0f}{guess:9.3f}{fitted:9.3f}{truth:9.3f}   "
+        print(f"{N:12,.0f}{human(D):>9}{guess:9.3f}{fitted:9.3f}{truth:9.3f}   "
               "{:.1f} % and {:.1f} %".format(*off))
     you, fit = errors.mean(1)
     winner = "you beat the law" if you < fit else "the law wins"
@@ -76,4 +77,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    end_with_the_pipe()
     main()

@@ -212,9 +212,8 @@ def sensitivity(runs, fit):
     changes[f"worst {worst} left out"] = problem, kept
     moved = {}
     for change, (changed, weights) in changes.items():
-        coefs = refit(changed, theta, weights) @ problem.centring
-        values = {k: [derive(coef)[k] for coef in coefs] for k in ("E", "alpha", "beta", "a")}
-        moved[change] = {k: [min(x), max(x)] for k, x in values.items()}
+        values = derive(refit(changed, theta, weights) @ problem.centring)
+        moved[change] = {k: [values[k].min(), values[k].max()] for k in ("E", "alpha", "beta", "a")}
     return moved
 
 

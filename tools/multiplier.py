@@ -67,6 +67,8 @@ def print_rollout(runs):
     """How well a law of the smaller sizes predicts the next one."""
     sizes = np.unique(runs.N)
     for following, last in zip(sizes[3:], sizes[2:]):
+        if (runs.N <= last).sum() < 6:  # fit_law needs as many
+            continue
         coef = fit_law(runs.rows(runs.N <= last)).coef
         test = runs.rows(runs.N == following)
         error = 100 * (predict(coef, test.N, test.D) / test.L - 1)

@@ -153,11 +153,10 @@ def caption_parts(record, members, folder):
     """img2dataset: KEY.jpg (or .png, .webp), and KEY.txt or else the "caption" of KEY.json."""
     images = [members[x] for x in members if x.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
     texts = [members[x].decode("utf-8-sig") for x in members if x.endswith(".txt")]
-    caption = texts[0] if texts else (record or {}).get("caption") or ""
+    caption = (texts[0] if texts else (record or {}).get("caption") or "").strip()
     if len(caption) > MAX_CAPTION or "\0" in caption:
         caption = Skip("caption too long" if len(caption) > MAX_CAPTION else "caption with NUL")
-    return [images[0] if images else Skip("missing image"),
-            caption if isinstance(caption, Skip) else caption.strip()]
+    return [images[0] if images else Skip("missing image"), caption]
 
 
 def interleaved_parts(record, members, folder):
@@ -304,9 +303,8 @@ def to_rgb(Image, image):
 
 
 def make_document(parts, kind, encoding, store_size):
-    """-> (Document, the reason of each image that was left out), or (None, [the first reason why]),
-    so that documents and reasons add up to the samples of a file. Texts on both sides of a left-out
-    image are two paragraphs."""
+    """-> (Document, the reason of each image that was left out), or (None, [the first reason why]).
+    Texts on both sides of a left-out image are two paragraphs."""
     kept, reasons, gap = [], [], False
     for part in (load_image(x, store_size) if isinstance(x, bytes) else x for x in parts):
         if isinstance(part, Skip):

@@ -43,7 +43,7 @@ def read_image(path, size):
     one line, for a file that cannot be read."""
     from tools.pack import Skip, load_image  # here, because only images need the package pillow
     try:
-        image = load_image(Path(path).read_bytes(), size)
+        image = load_image(Path(path).read_bytes(), round(size * 8 / 7))  # as pack stores it
     except OSError as error:
         raise SystemExit(f"cannot read the image {path}: {error.strerror}") from None
     if isinstance(image, Skip):

@@ -115,7 +115,8 @@ def held_out(model, data, source, n):
 def conversations(path, cfg, encoding):
     """The same of a json, with the "answers" of its records, laid out as for training."""
     for key, parts, record in read_source(path, "conversation"):
-        parts = [load_image(x, cfg.image_size) if isinstance(x, bytes) else x for x in parts]
+        parts = [load_image(x, round(cfg.image_size * 8 / 7)) if isinstance(x, bytes) else x
+                 for x in parts]
         for part in parts:
             check(not isinstance(part, Skip), f"{path}, record {key}: {part}")
         document = encode([square(part, cfg.image_size) if isinstance(part, np.ndarray) else part

@@ -30,8 +30,9 @@ from tools.table import read
 from train import Parser
 
 SMALL = 1.5  # per cent: what we call no effect
-SETTINGS = ("fusion moe n_experts top_k granularity width vision_width mixture image_size context D"
-            " patch_size tokens_per_step lr vision_lr init init_vision seed study").split()
+SETTINGS = ("fusion moe n_experts top_k granularity width depth vision_width mixture image_size"
+            " context D patch_size tokens_per_step lr vision_lr warmup init init_vision seed study"
+            ).split()
 # What differs with a field, and so need not be equal in a pair.
 FOLLOWS = {"fusion": "lr vision_lr vision_width init init_vision",
            "moe": "n_experts top_k granularity init",
@@ -40,7 +41,7 @@ FOLLOWS = {"fusion": "lr vision_lr vision_width init init_vision",
 EARLY, LATE = {"fusion": "early", "moe": "none"}, {"fusion": "late"}
 FROZEN, SLOW, FULL = (LATE | {"vision_lr": rate} for rate in ("0.0", "0.01", "1.0"))
 LESS, MORE = {"mixture": "81-9-10"}, {"mixture": "9-81-10"}  # interleaved documents
-EXPERTS = {"moe": "learned", "n_experts": "8", "top_k": "1", "granularity": "1"}
+EXPERTS = EARLY | {"moe": "learned", "n_experts": "8", "top_k": "1", "granularity": "1"}
 FINE = EXPERTS | {"n_experts": "16", "top_k": "2", "granularity": "2"}
 TEXT, NATIVE = EARLY | {"init": ".+"}, EARLY | {"init": ""}  # from a text model, from nothing
 BOTH = FROZEN | {"init": ".+"}  # as the paper found best (4.4)
@@ -69,7 +70,8 @@ FINDINGS = [Finding(*line) for line in (
     ("5.11", "context leaves early's lead as it is", "context", EARLY, LATE, 0, "loss", "context"),
     ("5.14", "8 experts are lower than dense", "moe", EXPERTS, EARLY, -1),
     ("5.15", "this lead grows with tokens", "moe_tokens", EXPERTS, EARLY, -1, "loss", "D"),
-    ("5.16", "learned routing is lower than by modality", "moe", EXPERTS, {"moe": "modality"}, -1),
+    ("5.16", "learned routing is lower than by modality", "moe", EXPERTS, EARLY | {"moe": "modality"},
+     -1),
     ("Table 13", "top-2 is lower than top-1", "moe", EXPERTS | {"top_k": "2"}, EXPERTS, -1),
     ("Table 13", "8 experts are lower than 4", "moe", EXPERTS, EXPERTS | {"n_experts": "4"}, -1),
     ("Table 13", "16 experts of half the size are higher than 8", "moe", FINE, EXPERTS, 1),
@@ -96,7 +98,8 @@ def chosen(rows, setting, shared, metric):
 
 def differences(rows, finding):
     """{what a pair shares: how much `one` lies above `two`}."""
-    apart = {*finding.one, *finding.two, finding.across}
+    apart = {field for field in finding.one | finding.two
+             if finding.one.get(field) != finding.two.get(field)} | {finding.across}
     apart |= {*" ".join(FOLLOWS.get(field, "") for field in apart).split()}
     shared = [field for field in SETTINGS if field not in apart]
 
@@ -106,14 +109,25 @@ def differences(rows, finding):
                 for key in x.keys() & y.keys()}
     if not finding.across:
         return pairs(rows)
-    ends = sorted({row[finding.across] for row in rows})
+    ends = sorted({row[finding.across] for row in rows}, key=in_order)
     if len(ends) < 2:
         return {}
     low, high = (pairs([row for row in rows if row[finding.across] == end])
                  for end in (ends[0], ends[-1]))
-    low, high = ({tuple(item for item in key if item[0] != "lr"): difference  # each has its own
-                  for key, difference in found.items()} for found in (low, high))
+    low, high = map(whatever_rate, (low, high))
     return {key: high[key] - low[key] for key in low.keys() & high.keys()}
+
+
+def in_order(end):
+    """Numbers as such, and words, of which studies are, by the numbers in them."""
+    return [float(number) for number in re.findall(r"[\d.]*\d", str(end))]
+
+
+def whatever_rate(pairs):
+    """The same differences, without the learning rate, of which each end may have its own."""
+    found = {tuple(item for item in key if item[0] != "lr"): x for key, x in pairs.items()}
+    check(len(found) == len(pairs), "some pairs differ in lr alone: leave out all but one rate")
+    return found
 
 
 def by_seed(pairs):
@@ -150,6 +164,7 @@ def main(argv=None):
                         "where the finding is about the mean over kinds")
     args = parser.parse_args(argv)
     rows, lines, missing = read(args.paths), [], []
+    check(any(args.loss in row for row in rows), f"--loss {args.loss}: no row has that")
     for finding in FINDINGS:
         if finding.metric == "loss":
             finding = finding._replace(metric=args.loss)

@@ -80,7 +80,8 @@ def matched_width(run, rule):
         text, image = positions(run.data, shape)
         encoder = image / (text + image)
     late, step = count("late", shape.width), 4 if shape.width < 512 else 16
-    widths = [w for w in range(16, 4 * shape.width, step) if not w % (2 * (shape.heads or 1))]
+    widths = [w for w in range(step, 4 * (shape.width + shape.encoder_width), step)
+              if not w % (2 * (shape.heads or 1))]
     goal = late["N"] + encoder * late["N_vision"]
     above = bisect.bisect(widths, goal, key=lambda width: count("early", width)["N"])
     near = widths[max(0, above - 1):above + 1]

@@ -20,12 +20,12 @@ import numpy as np
 from scipy import stats
 
 from data import DataConfig, check
-from fit_laws import json_row
+from fit_laws import json_row, select
 from tools import end_with_the_pipe, human, markdown, panels, save, style
 from train import Parser
 from world import KINDS
 
-MEASURED = re.compile(r"(loss|floor|accuracy|cider|peak|wall|tok_per)\w*|N(_\w+)?|C|D_vision"
+MEASURED = re.compile(r"(loss|floor|accuracy|cider|facts|peak|wall|tok_per|mfu)\w*|N(_\w+)?|C|D_vision"
                       r"|padding|tokens_per_parameter|\w+_share|n_scored|run|seed|device|world_size"
                       r"|torch|git|status")
 SHARES = tuple(f"{kind}_share" for kind in KINDS)  # of the mixture, per cent
@@ -204,16 +204,17 @@ def main(argv=None):
     parser = Parser(prog="python -m tools.table", description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="+", help="folders with a results.jsonl, or such files")
     parser.add_argument("--by", help="fields that tell lines apart (default: all that vary)")
-    parser.add_argument("--where", action="append", metavar="FIELD=VALUE", help="only such rows")
+    parser.add_argument("--where", action="append", default=[], metavar="RULE",
+                        help="only rows with, say, width>=16, or fusion!=late (repeatable)")
     parser.add_argument("--against", help="FIELD=VALUE,... to compare with (default: first line)")
     parser.add_argument("--metric", help="default: loss, loss_*, accuracy*, cider*")
     parser.add_argument("--plot", metavar="FIELD", help="draw the metrics against this number")
     parser.add_argument("--out", default="table.png", help="file of the plot")
     args = parser.parse_args(argv)
     rows = read(args.paths)
-    for field, _, value in (rule.partition("=") for rule in args.where or ()):
-        rows = [row for row in rows if str(row.get(field)) == value]
-        check(rows, f"--where {field}={value}: no row has that")
+    for rule in args.where:
+        rows = [row for row, holds in zip(rows, select(rows, rule)) if holds]
+        check(rows, f"--where {rule}: no row has that")
     known = sorted(dict.fromkeys(chain(*rows)), key="loss".__ne__)  # loss first
     by, across, metrics, against = (text.split(",") if text else [] for text in (
         args.by, args.plot, args.metric, args.against))
@@ -222,6 +223,9 @@ def main(argv=None):
         near = get_close_matches(name, known, 1, 0.0)[0]
         check(name in known, f"no row has the field {name!r}; did you mean {near}? There are "
               f"{', '.join(known)}")
+    values = [row[name] for name in metrics for row in rows if row.get(name) is not None]
+    check(values and all(isinstance(value, (int, float)) for value in values),
+          f"--metric {args.metric or 'loss'}: need a field that holds numbers")
     fields = [field for field in by or varying(rows, across) if field not in across]
     if args.plot in SHARES:  # the mixtures differ in it
         fields = [field for field in fields if field != "mixture"]
