@@ -12,7 +12,7 @@ import pytest
 import train
 from data import encode, expand, get_tokenizer
 from helpers import ROOT, one_line, python, tiny, write_lines, write_rows
-from model import on_meta
+from model import on_meta, training_memory
 from test_pack import llava, picture
 from tools import board, curves, plan, score, sizes, sweep, table
 from tools.pack import pack
@@ -60,6 +60,9 @@ def cells(capsys, tmp_path, rows, *flags):
 def test_seeds_are_pooled_and_only_fields_that_vary_are_columns(capsys, tmp_path):
     (none, learned), _ = cells(capsys, tmp_path, ROWS)
     assert list(none) == ["moe", "n", "N", "D", "loss", "tokens/s", "Δ loss, %"]
+    lines, _ = cells(capsys, tmp_path, ROWS, "--by", "moe,tokens_per_parameter,caption_share")
+    assert [[line[x] for x in ("tokens_per_parameter", "caption_share")] for line in lines] == [
+        ["5.12", "45"]] * 2
     assert [none[x] for x in ("loss", "n", "Δ loss, %")] == ["1.2000 ± 0.2000", "3", "reference"]
     assert learned["moe"] == "learned" and learned["loss"] == "1.0667 ± 0.2082"
     rows = [{**r, "mfu": 0.4 + 0.01 * i, "facts_bits": i} for i, r in enumerate(ROWS)]  # measured
@@ -170,7 +173,8 @@ def test_a_plot_against_a_share_of_the_mixture(capsys, tmp_path, monkeypatch):
     assert means == pytest.approx(2 * [50 * (0.9 / 0.8 + 1.1 / 1.2) - 100], abs=1e-5)
 
 
-def test_curves_of_any_folders_over_tokens_flops_and_seconds(study, sft_run, pages):
+def test_curves_of_any_folders_over_tokens_flops_and_seconds(study, sft_run, pages,
+                                                              tmp_path):
     """Also of one run alone. Names are words, and tell the runs apart."""
     late = next(study.glob("late*"))
     row = train.finished(study)[late.name]
@@ -188,6 +192,11 @@ def test_curves_of_any_folders_over_tokens_flops_and_seconds(study, sft_run, pag
         last = max(step["step"] for step in steps if "val_loss" in step) + 1
         spent = lines["late fusion, dense, width 16"].get_xdata()
         assert spent[-1] == pytest.approx(total * last / row["steps"])
+    for over, seen in (("tokens", 1), ("flops", 0)):  # of a run that has not ended
+        (tmp_path / "new").mkdir(exist_ok=True)
+        for name in ("log.jsonl", "config.json"):
+            (tmp_path / "new" / name).write_bytes((late / name).read_bytes())
+        assert len(curves.read([tmp_path], over)[0]) == seen
     assert drawn(late, sft_run)[0] == n_axes
     assert set(drawn(late)[1]) == {"late fusion, dense, width 16"}
 
@@ -390,7 +399,15 @@ def test_a_dry_run_for_gpus_that_are_not_here(capsys):
     hours = 6 * 931_676_160 * 10e9 / (8 * 989e12 * 0.5) / 3600
     assert f"time: {str(timedelta(hours=hours))[:4]}" in said
     assert f"{hours * 8 * 3:.0f} dollars" in said
-    assert "of 80" in said and "OBELICS" in said and "DCLM" in said
+    cfg = train.make_runs({"preset": "932m"})[0].model
+    D, (fixed, row) = int(re.search(r"D ([\d,]+)", said)[1].replace(",", "")), training_memory(cfg, 8)
+    captions = 0.45 * D / (77 + 256)  # of 77 tokens and an image of 16 x 16 patches
+    size = captions * (4 * 77 + 3 * 256 * 256 * 4 / 3) / 1e9
+    for line in (f"memory: {(fixed + 16 * row) / 1e9:.1f} GB of 80",
+                 f"disk: {24 * on_meta(cfg).num_params()['N_total'] / 1e9:.2f} GB",
+                 f"{0.45 * D:,.0f} tokens; of DFN or COYO: {captions:,.0f} samples, {size:,.1f} GB",
+                 "of OBELICS", "of DCLM"):
+        assert line in said
     with pytest.raises(SystemExit, match="checkpointing|shard"):
         plan.main(["--preset", "8.13b", "--tokens", "10B", "--gpus", "1xa100"])
 
