@@ -473,7 +473,8 @@ def square(pixels, size, rng=None):
 
 def crop_box(h, w, rng=None):
     """(top, left, height, width) of the centre square, or with rng of RandomResizedCrop (paper
-    4.2): area 0.4-1 of the image, width / height 3/4-4/3 (log-uniform)."""
+    4.2): area 0.4-1 of the image, width / height 3/4-4/3 (log-uniform); after ten misses it is the
+    centre, as wide or high as that allows."""
     for _ in range(10 if rng else 0):
         area = h * w * rng.uniform(0.4, 1.0)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -481,8 +482,8 @@ def crop_box(h, w, rng=None):
         if 0 < box_w <= w and 0 < box_h <= h:
             top, left = int(rng.integers(h - box_h + 1)), int(rng.integers(w - box_w + 1))
             return top, left, box_h, box_w
-    side = min(h, w)
-    return (h - side) // 2, (w - side) // 2, side, side
+    box_h, box_w = (min(a, round(b * (4 / 3 if rng else 1))) for a, b in ((h, w), (w, h)))
+    return (h - box_h) // 2, (w - box_w) // 2, box_h, box_w
 
 
 def vocab_size(data):

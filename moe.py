@@ -106,10 +106,7 @@ def route(x, router, top_k):
     nearly equal experts would tie, and the choice between them would be noise. (With --shard on
     CUDA the router itself comes rounded to bf16; its products are still fp32.)"""
     probs = F.linear(x.float(), router.float()).softmax(-1)                      # (N,E)
-    if top_k == 1:  # max takes two thirds of topk's time on a CPU
-        gates, chosen = probs.max(-1, keepdim=True)                              # (N,1)
-    else:
-        gates, chosen = probs.topk(top_k, dim=-1)                                # (N,K)
+    gates, chosen = probs.topk(top_k, dim=-1)                                    # (N,K)
     return gates, chosen, probs
 
 

@@ -274,6 +274,7 @@ def add_flags(parser, config):
     for field in fields(config):
         kind = type(field.default)
         if field.name != "vocab_size":  # it follows from the data
+            check(field.name in comments, f"{field.name}: its help must follow, after two spaces")
             text = comments[field.name].replace("%", "%%") + f" (default: {field.default})"
             group.add_argument(f"--{field.name.replace('_', '-')}", help=text,
                                default=argparse.SUPPRESS, **how.get(kind, {"type": kind}))
@@ -580,11 +581,15 @@ class Trainer:
         found, budget = {}, f"-{self.run.train.tokens}-"
         pattern = self.run.name.replace(budget, "-*-")
         for path in sorted(self.run.folder.parent.glob(f"{pattern}/trunk.pt")):
-            step, config = read_checkpoint(path, lambda saved: (saved["step"], saved["config"]))
-            if changed := self.changed(config):
+            step, config, log = read_checkpoint(
+                path, lambda saved: [saved[part] for part in ("step", "config", "log")])
+            changed = self.changed(config)
+            if step <= self.run.branch and not changed:
+                rate = self.optimizer.param_groups[0]["peak"] * rate_at(step - 1, self.run)
+                changed = "schedule" * (json.loads(log.splitlines()[-1])["lr"] != rate)
+                found |= {} if changed else {step: path}
+            if changed:
                 self.machine.say(f"note: {path} is of no use here, because of another {changed}")
-            elif step <= self.run.branch:
-                found[step] = path
         return found
 
     def adopt_weights(self):
@@ -800,14 +805,11 @@ def forward_and_backward(trainer, batches):
 def notes(run, memory, loader):
     """What is legal, but perhaps not meant (list of str)."""
     cfg, model, stored = run.train, run.model, loader.source.stored_size
-    fusion = SIZES[cfg.preset].get("fusion", model.fusion)
     asked, rows = whole_number(cfg.tokens), run.steps * cfg.tokens_per_step // model.context
     often = [f"{kind} {n:.1f}" for kind, n in loader.epochs(rows).items() if n > 4]
     told = {
         f"--tokens {cfg.tokens} was rounded to whole steps; --tokens-per-step makes them smaller":
             abs(run.steps * cfg.tokens_per_step / asked - 1) > 0.05,
-        f"--preset {cfg.preset} is a size of {fusion} fusion, this model is {model.fusion}":
-            fusion != model.fusion,
         f"--preset {cfg.preset} is a size for CUDA, which is not here; --dry-run --gpus plans it":
             cfg.preset != "laptop" and not memory,
         f"the images were packed at {stored} pixels, and are enlarged to {model.image_size}":
@@ -871,21 +873,11 @@ def result_row(trainer, status, losses):
         "run": run.name, **known, "data": run.data.data, "n_experts": ffn.experts,
         "top_k": ffn.top_k, "vision_width": run.model.encoder_width if n["N_vision"] else 0, **n,
         "D": D, "D_vision": D_vision, "C": trainer.model.flops(D, D_vision), **losses,
-        "steps": run.steps, **trainer.speed(), "peak_mem_mb": peak_memory(machine),
+        "steps": run.steps, **trainer.speed(),
+        "peak_mem_mb": torch.cuda.max_memory_allocated() // 2**20 if machine.is_cuda else 0,
         "device": machine.name, "world_size": machine.ranks, "torch": torch.__version__,
         "git": git_commit(), "status": status,
     }
-
-
-def peak_memory(machine):
-    """In MB, of tensors on a GPU or of the process on a CPU; 0 where nobody counts it."""
-    if machine.is_cuda:
-        return round(torch.cuda.max_memory_allocated(machine.device) / 2**20, 1)
-    with contextlib.suppress(ImportError):  # Windows has no such module
-        import resource
-        unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
-    return 0.0
 
 
 def git_commit():

@@ -5,12 +5,13 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import fit_laws as fl
-from helpers import ROOT, one_line, write_lines
+from helpers import ROOT, one_line, write_lines, write_rows
 from tools import fit_tables as ft
 from tools.fit_tables import read_table, runs_of
 
@@ -103,7 +104,7 @@ def test_noise_leaves_no_bias_and_intervals_cover():
 
 def test_bootstrap_matches_published_standard_errors():
     runs = shared("chinchilla_epoch", rule="kept240=1")
-    weight = fl.draw_weights(240, 400, 0)
+    weight = fl.draw_weights(runs, 400, 0)
     draws = fl.bootstrap(runs, fl.fit_law(runs), weight)
     assert (weight.sum(1) == 240).all()
     np.testing.assert_allclose(draws.std(0)[3:], [0.0154, 0.0206], rtol=0.15)
@@ -112,7 +113,8 @@ def test_bootstrap_matches_published_standard_errors():
 
 def test_small_tables_get_more_starts():
     """With 16 rows one resample in eight has another best minimum than the whole table."""
-    runs, weight = shared("steplaw_moe"), fl.draw_weights(16, 40, 0)
+    runs = shared("steplaw_moe")
+    weight = fl.draw_weights(runs, 40, 0)
     problem, fit = fl.build_problem(runs, 1e-3), fl.fit_law(runs)
     draws = problem.theta(fl.bootstrap(runs, fit, weight))
     ours = np.array([fl.objective(theta, problem, w)[0] for theta, w in zip(draws, weight)])
@@ -135,11 +137,81 @@ def test_constant_tokens_are_flagged_and_get_no_confident_interval(tmp_path, cap
     run(table, "--bootstrap", 0, "--budget", "1e20")
 
 
-def test_ridge_is_flagged():
+def test_ridge_is_flagged(tmp_path, capsys, pages):
+    """Nothing says then which model is best, in words, numbers or the figure."""
     N = np.geomspace(1e7, 1e10, 30)
-    fit = fl.fit_law(runs_of(N, 20 * N, fl.predict(EARLY, N, 20 * N)))
+    L = fl.predict(EARLY, N, 20 * N)
+    fit = fl.fit_law(runs_of(N, 20 * N, L))
     assert {"alpha", "beta"} <= set(fit.unidentified) and fit.condition > 1e5
     assert "ridge" in fit.flags[0]
+    rows = [{"N": n, "D": 20 * n, "loss": loss, "moe": moe}
+            for moe in ("none", "learned") for n, loss in zip(N, L)]
+    found = run(write_rows(tmp_path / "ridge.jsonl", rows), "--budget", "1e20", "--bootstrap", 20,
+                "--group-by", "moe", "--compare", "none", "learned", "--out", tmp_path)
+    said = capsys.readouterr().out
+    assert np.isnan(found["groups"][0]["budgets"][0]["N"]) and "at C = 1e+20: N nan?" in said
+    assert re.search(r"alpha +\S+\?", said)
+    thick = [line for line in pages[str(tmp_path / "laws.png")].axes[0].lines
+             if line.get_linewidth() == 2.5]
+    assert len(thick) == 2 and all(np.isnan(line.get_ydata()).all() for line in thick)
+
+
+def test_budgets_of_one_trunk_are_drawn_together():
+    """Where the table says the seeds; of one seed, and of a table without, each run is drawn."""
+    grid = [(N, D, s) for N in (1e4, 1e5) for D in (1e6, 2e6, 4e6) for s in range(3)]
+    for several in (True, False):
+        table = np.array([{"seed": s if several else 0} for *_, s in grid])
+        weight = fl.draw_weights(SimpleNamespace(N=np.array([N for N, *_ in grid]), table=table),
+                                 50, 0)
+        assert weight.shape == (50, 18)
+        spread = [np.ptp(weight[:, [g[0::2] == (N, s) for g in grid]], 1).max()
+                  for N in (1e4, 1e5) for s in range(3)]  # within a trunk
+        assert (max(spread) == 0) == several
+    draws = fl.draw_weights(SimpleNamespace(N=np.ones(9), table=np.array([{}] * 9)), 50, 0)
+    assert (draws.sum(1) == 9).all() and np.ptp(draws[0]) > 0
+
+
+@pytest.mark.parametrize("head, columns", [
+    ("d,n,params,tokens,train_loss,val_loss", "9,{i},{N},{D},1,{L}"),  # a width, a row's number
+    ("N,D,loss", "{N},{D},{L}")])
+def test_columns_are_taken_by_their_clearest_name(tmp_path, head, columns):
+    runs = planted(EARLY)
+    lines = [columns.format(i=i, N=N, D=D, L=L)
+             for i, (N, D, L) in enumerate(zip(runs.N, runs.D, runs.L))]
+    group, = run(write_lines(tmp_path / "t.csv", head, *lines), "--bootstrap", 0)["groups"]
+    assert group["alpha"] == pytest.approx(EARLY[3], rel=1e-6)
+
+
+def test_a_loss_of_another_name_is_no_floor(tmp_path, capsys):
+    runs = planted(EARLY)
+    rows = [{"N": N, "D": D, "bpb": L} for N, D, L in zip(runs.N, runs.D, runs.L)]
+    group, = run(write_rows(tmp_path / "t.jsonl", rows), "--loss", "bpb", "--bootstrap",
+                 0)["groups"]
+    assert np.isnan(group["floor"]) and "true floor" not in capsys.readouterr().out
+
+
+def test_what_one_law_should_not_take_for_one_model_is_noted(tmp_path, capsys):
+    """Runs of an edited code beside the old ones. Early runs in one group with late ones leave
+    the encoder's FLOPs as they are."""
+    folder = write_results(tmp_path / "demo")
+    rows = [row for row in fl.read_rows(folder) if row.get("loss")]
+    run(folder, "--bootstrap", 0)
+    assert "of another" not in capsys.readouterr().out
+    twin = rows[0] | {"run": "edited", "code": "new", "loss": 2 * rows[0]["loss"]}
+    write_rows(folder / "results.jsonl", [*rows, twin])
+    run(folder, "--bootstrap", 0)
+    assert "early: 1 runs have N, D and seed of another" in capsys.readouterr().out
+    args = fl.parse_args([str(folder), "--group-by", "", "--bootstrap", "0"])
+    _, (pooled,) = fl.gather(args)
+    assert pooled.runs.C.tolist() == [row["C"] for row in [*rows, twin]]
+
+
+def test_groups_by_two_columns_have_two_names(tmp_path):
+    rows = [{"N": N, "D": D, "loss": L + shift, "moe": moe, "aux": aux}
+            for shift, moe, aux in ((0, "none", "8"), (1, "8", "none"))
+            for N, D, L in zip(*(getattr(planted(EARLY), x) for x in "NDL"))]
+    found = run(write_rows(tmp_path / "t.jsonl", rows), "--bootstrap", 0, "--group-by", "moe,aux")
+    assert [group["name"] for group in found["groups"]] == ["none 8", "8 none"]
 
 
 def test_loss_without_floor_is_flagged():
@@ -265,7 +337,7 @@ def test_aliases_and_dirt(tmp_path, capsys):
         assert words in text
 
 
-def test_a_table_is_only_read_and_the_details_are_asked_for(tmp_path, monkeypatch, capsys):
+def test_a_table_is_only_read(tmp_path, monkeypatch, capsys):
     """Nothing is written into the current folder, and every written file is named."""
     path = write_results(tmp_path / "demo") / "results.jsonl"
     (tmp_path / "here").mkdir()
@@ -277,10 +349,9 @@ def test_a_table_is_only_read_and_the_details_are_asked_for(tmp_path, monkeypatc
     assert [p.name for p in path.parent.iterdir()] == ["results.jsonl"]
     assert f"{10 ** group['a']:.1f} times the parameters" in said
     assert f"{10 ** group['b']:.1f} times the tokens" in said
-    assert said.splitlines()[-1].startswith("late: ") and f"{group['A']:.5g}" not in said
-    run(path, "--bootstrap", 0, "--details", "--json", "laws.json")
-    said = capsys.readouterr().out
-    assert f"{group['A']:.5g}" in said and said.endswith("wrote laws.json\n")
+    assert f"A {group['A']:.5g}" in said
+    run(path, "--bootstrap", 0, "--json", "laws.json")
+    assert capsys.readouterr().out.endswith("wrote laws.json\n")
     assert [p.name for p in Path().iterdir()] == ["laws.json"]
 
 

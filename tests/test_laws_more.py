@@ -70,8 +70,8 @@ def test_sparse_law_of_table_12():
     assert more.sparse_law(runs.rows(active > 0.4), np.ones((1, 96))) is None
     experts = [{"n_experts": 1 / share, "top_k": 1} for share in active]
     np.testing.assert_allclose(more.active_share(SimpleNamespace(table=experts)), active)
-    weights = fl.draw_weights(240, 10, 0)
-    weak = more.sparse_law(ft.plant_sparse(0.005, 1), weights)["not_identified"]
+    planted = ft.plant_sparse(0.005, 1)
+    weak = more.sparse_law(planted, fl.draw_weights(planted, 10, 0))["not_identified"]
     assert {"C", "lambda", "A"} & {*weak} and not {"B", "beta"} & {*weak}
 
 

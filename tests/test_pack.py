@@ -471,7 +471,8 @@ def test_crops_come_from_rng_alone(shared):
         assert min(top) == min(left) == 0 and max(top + box_h) == h and max(left + box_w) == w
         area, ratio = box_h * box_w / h / w, box_w / box_h
         assert 0.39 < min(area) and max(area) <= 1.02 and 0.7 < min(ratio) and max(ratio) < 1.4
-    assert crop_box(100, 10, rng) == (45, 0, 10, 10)  # no crop has such a shape: the centre
+    assert crop_box(100, 10, rng) == (43, 0, 13, 10)  # none fits: as torchvision, the centre, 3:4
+    assert crop_box(256, 1024, rng) == (0, 341, 256, 341) != crop_box(256, 1024)  # and 4:3
 
 
 def test_flip_never_where_the_text_says_left_or_right(tmp_path):

@@ -1,6 +1,7 @@
 """python -m pytest tests/test_train.py -q"""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -156,6 +157,19 @@ def test_schedule_rises_stays_and_ends_at_zero():
     rates = [train.rate_at(step, run) for step in range(101)]
     assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71
     assert all(a > b for a, b in pairwise(rates[80:])) and rates[100] == 0
+
+
+def test_a_schedule_of_the_budget_shares_no_trunk(tmp_path, capsys, monkeypatch):
+    """A cosine down to the end of the run, as one would write into rate_at: a longer budget may not
+    go on from rates that were a shorter one's."""
+    monkeypatch.setattr(train, "rate_at",
+                        lambda step, run: 0.5 + 0.5 * math.cos(math.pi * step / run.steps))
+    for out, tokens in ((tmp_path / "both", "10K,20K"), (tmp_path / "alone", "20K")):
+        train.main([*TINY, "--out", str(out), "--tokens", tokens])
+    assert "another schedule" in capsys.readouterr().out
+    both, alone = (train.finished(out) for out in (tmp_path / "both", tmp_path / "alone"))
+    (name, row), = alone.items()
+    assert both[name]["loss"] == row["loss"]
 
 
 def test_a_warmup_longer_than_the_trunk_makes_no_jump():

@@ -172,7 +172,7 @@ def speed(run, machine):
         told += f", MFU {flops / machine.peak:.1%}"
     if machine.is_cuda:
         fixed, row = training_memory(run.model, dtype=machine.dtype)
-        told += (f"; memory {train.peak_memory(machine) * 2**20 / 1e9:.1f} GB, by the arithmetic "
+        told += (f"; memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, by the arithmetic "
                  f"{(fixed + trainer.rows * row) / 1e9:.1f}")
         del trainer, batch
         gc.collect()  # a compiled model is a cycle

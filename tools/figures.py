@@ -36,7 +36,7 @@ def draw_band(ax, C, curve, many, k, s):
     """The curve (Q,) of study s, dashed where it has no runs, and 95 % of many (K, Q) as a band."""
     look, seen = style(k) | {"ls": "-", "lw": 1.8}, (C >= s.runs.C.min()) & (C <= s.runs.C.max())
     ax.plot(C, curve, **look | {"ls": "--", "marker": ""})
-    ax.plot(C[seen], curve[seen], label=s.runs.label, markevery=9, **look)
+    ax.plot(C[seen], curve[seen], label=s.runs.name, markevery=9, **look)
     many = many[np.isfinite(many).all(1)]
     if len(many):
         low, high = np.percentile(many, [2.5, 97.5], axis=0)
@@ -60,9 +60,9 @@ def draw_optima(panels, studies):
         budgets = isoflop_budgets(s.runs)
         at, *best = isoflop_minima(s.runs, budgets, np.ones(len(s.runs.N)))
         for ax, y in zip(panels, (best[0], best[1], best[1] / best[0]) if budgets else ()):
-            ax.plot(at, y, label=f"{s.runs.label}, parabolas", **style(k, False))
+            ax.plot(at, y, label=f"{s.runs.name}, parabolas", **style(k, False))
     names = ("best N (parameters)", "best D (tokens)", "best D/N (tokens a parameter)",
-             f"loss above {studies[0].runs.label} (%)")
+             f"loss above {studies[0].runs.name} (%)")
     for ax, name, scale in zip(panels, names, ("log", "log", "log", "linear")):
         ax.set(xscale="log", yscale=scale, xlabel="training FLOPs", ylabel=name)
         if scale == "log":
@@ -120,7 +120,7 @@ def draw_residuals(studies):
     for k, s in enumerate(studies):
         runs, dots = s.runs, style(k, False)
         predicted = predict(s.fit.coef, runs.N, runs.D)
-        axes[0].plot(runs.L, predicted, label=s.runs.label, **dots)
+        axes[0].plot(runs.L, predicted, label=s.runs.name, **dots)
         for ax, x in zip(axes[1:], (runs.N, runs.D, runs.C)):
             ax.plot(x, 100 * (runs.L / predicted - 1), **dots)
     unit = studies[0].runs.unit

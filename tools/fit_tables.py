@@ -205,7 +205,7 @@ def coverage(studies, resamples):
     for k in range(studies):
         name, noise = list(laws)[k % 6], (0.003, 0.005, 0.01)[k // 6 % 3]
         runs = plant(name, laws[name], noise, k)
-        fit, weight = fl.fit_law(runs), fl.draw_weights(len(runs.N), resamples, k)
+        fit, weight = fl.fit_law(runs), fl.draw_weights(runs, resamples, k)
         draws = fl.bootstrap(runs, fit, weight)
         value, truth, *many = (numbers(coef, runs) for coef in (fit.coef, laws[name], *draws))
         lo, hi = np.transpose([fl.interval(x) for x in np.transpose(many)])
@@ -234,7 +234,7 @@ def sparse_coverage(studies, resamples):
     truth, found, picked = np.r_[np.exp(SPARSE_TRUTH[:5]), SPARSE_TRUTH[5:]], [], 0
     for k in range(studies):
         runs = plant_sparse((0.003, 0.005, 0.01)[k % 3], k)
-        law = lm.sparse_law(runs, fl.draw_weights(len(runs.N), resamples, k))
+        law = lm.sparse_law(runs, fl.draw_weights(runs, resamples, k))
         value, ci = (np.array([x[name] for name in lm.SPARSE_NAMES]) for x in (law, law["ci"]))
         flagged = [name in law["not_identified"] for name in lm.SPARSE_NAMES]
         found.append([value - truth, (ci[:, 0] <= truth) & (truth <= ci[:, 1]), flagged])
@@ -275,7 +275,7 @@ def measure(folder, starts=24, resamples=40):
     runs = read_table(folder, "chinchilla_epoch", rule="kept240=1")
     problem, rng = fl.build_problem(runs, 1e-3), np.random.default_rng(0)
     fit, took = seconds(lambda: fl.fit_law(runs))
-    weight = fl.draw_weights(240, 1000, 0)
+    weight = fl.draw_weights(runs, 1000, 0)
     draws, refits = seconds(lambda: fl.bootstrap(runs, fit, weight))
     logs, e, slopes = range(0, 31, 5), (-1, -0.5, 0.5, 1), (0, 0.5, 2.5)
     grid = np.array([*product(logs, logs, e, slopes, slopes)], float)  # the paper's 1764 starts

@@ -51,7 +51,7 @@ def print_multipliers(studies, args):
     found = {s.runs.name: s for s in studies}
     pair = [found[name] for name in args.compare]
     visions = [s.runs.vision for s in pair]
-    laws = [fit_above_floor(s.runs, draw_weights(len(s.runs.N), args.bootstrap, [1, i]))
+    laws = [fit_above_floor(s.runs, draw_weights(s.runs, args.bootstrap, [1, i]))
             for i, s in enumerate(pair)]
     low = max(s.runs.C.min() ** 0.5 * s.runs.C.max() ** 0.5 for s in pair)
     high = min(s.runs.C.max() for s in pair)
