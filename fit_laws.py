@@ -1,7 +1,7 @@
 """Scaling laws from finished runs, with their uncertainty.
 
-    python fit_laws.py runs/demo       a folder that train.py wrote (results.jsonl)
-    python fit_laws.py table.csv       .csv, .tsv or .jsonl; columns N, D, loss or params, tokens, val_loss
+    python fit_laws.py runs/demo    a folder that train.py wrote (results.jsonl)
+    python fit_laws.py table.csv    a .csv, .tsv or .jsonl with N, D, loss (params, tokens, val_loss)
 
 The law L = E + A/N^alpha + B/D^beta (N parameters, D tokens, L nats) is fitted to each group of
 runs as the paper does it (arXiv 2504.07951, App. C). The program prints the paper's Table 2 with

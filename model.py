@@ -411,15 +411,16 @@ def training_memory(cfg, ranks=1, shard=False, dtype=torch.bfloat16):
 
     A parameter has 4 bytes of weight, 4 of gradient and 8 of Adam's moments, and 2 of its copy in
     bf16, which backward needs (checkpointing casts anew). DDP adds 4 for the gradients that it
-    sends, and once 4 for new buckets, by which time all activations but checkpoints are gone. FSDP
+    sends. When only checkpoints are left of the activations, 4 more are taken once: for new buckets
+    of DDP, or where one GPU goes on from ckpt.pt, whose moments are there twice for a moment. FSDP
     divides the 16 by the ranks, and gathers embedding, head and two blocks with their gradients.
-    The head has 14 for each logit of a chunk and 12 for each weight. Activations have 24 for each
-    token, layer and unit of width and 6 for each unit of ffn hidden (an encoder: 40 at 3/4 of the
-    positions), with checkpointing each layer's input and most of one. A step takes 78 to 107 %."""
+    The head has 14 for each logit of a chunk and 12 for each weight, activations 24 for each token,
+    layer and unit of width and 6 for each of ffn hidden (an encoder: 40 at 3/4 of the positions),
+    with checkpointing each layer's input and most of one. A step takes 78 to 107 %."""
     model, width, depth = on_meta(cfg), cfg.width, cfg.depth
     total, words = model.num_params()["N_total"], cfg.vocab_size * width
     block = sum(p.numel() for p in model.blocks[0].parameters())
-    copies = (8 if cfg.checkpointing else 4) * (ranks > 1) + 2 * (not cfg.checkpointing)
+    copies = 4 * (ranks > 1) + (4 if cfg.checkpointing else 2)
     fixed = 16 * total / ranks + 16 * (words + block) if shard else (16 + copies) * total
     fixed += 14 * 2 ** 27 + 12 * words
     ffn = 6 * cfg.hidden * (cfg.top_k / cfg.granularity if cfg.moe == "learned" else 1)

@@ -141,8 +141,9 @@ def make_runs(given):
     data = given.get("data", DataConfig.data)
     if data != DataConfig.data:  # a run is known by what is packed, wherever that lies
         given = {**given, "contents": read_meta(data)["contents"]}
-    # a preset's lr belongs to its own width, so default_lr derives it from the final width
-    values = {**SIZES[asked.preset], "lr": 0.0, **sizes_of_weights(asked, given), **given}
+    # a preset's lr and encoder belong to its own width, so they are derived from the final width
+    own = {"lr": 0.0} | ({"vision_width": 0} if "width" in given else {})
+    values = {**SIZES[asked.preset], **own, **sizes_of_weights(asked, given), **given}
     # presets have the paper's vocabulary; data whose tokenizer has more ids than that get theirs
     values["vocab_size"] = max(values.get("vocab_size", 0), vocab_size(data))
     runs = [make_run({**values, "tokens": tokens}, given)
@@ -194,11 +195,11 @@ def sizes_of_weights(asked, given):
     check("heads" not in given or split_heads(known["width"], given["heads"]) == heads,
           f"--heads {given.get('heads')}: {path} has heads of {heads}; leave --heads out")
     preset = PRESETS.get(asked.preset, {}) if "fusion" in known else {}
-    for field in [f for f in preset if f in known and f not in given]:
+    for field in [f for f in preset if f in known.keys() - {"vocab_size", *given}]:
         check(known[field] == preset[field],
               f"--preset {asked.preset} has {field} {preset[field]}, {path} {known[field]}: leave "
               "--preset out")
-    return known
+    return {field: known[field] for field in known if field not in HOW}
 
 
 def default_lr(model, preset):
@@ -246,7 +247,8 @@ def code_version():
     for node in itertools.chain(*map(ast.walk, trees)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = ""
-    return f"{zlib.crc32(''.join(map(ast.dump, trees)).encode()):08x}"
+    same = re.sub(r"\w+=\[\](, )?", "", "".join(map(ast.dump, trees)))  # Python 3.13 omits these
+    return f"{zlib.crc32(same.replace(', )', ')').encode()):08x}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -409,10 +411,10 @@ def finished(out, tell=False):
 
 
 def result_of(run, done):
-    """The row of a finished run, or None. One of another warmup, which other budgets beside it can
-    have given it, is another run's, although it has the name."""
-    row = done.get(run.name)
-    return row if row and row.get("warmup", run.train.warmup) == run.train.warmup else None
+    """The row of a finished run, or None. One of another code, or of another warmup, which other
+    budgets beside it can have given it, is another run's, although it has the name."""
+    row, ours = done.get(run.name), {"warmup": run.train.warmup, "code": code_version()}
+    return row if row and all(row.get(key, value) == value for key, value in ours.items()) else None
 
 
 def append_result(out, row):
@@ -578,9 +580,9 @@ class Trainer:
 
     def trunks(self):
         """{step: trunk.pt} of the other budgets from which this run can go on."""
-        found, budget = {}, f"-{self.run.train.tokens}-"
-        pattern = self.run.name.replace(budget, "-*-")
-        for path in sorted(self.run.folder.parent.glob(f"{pattern}/trunk.pt")):
+        found, code, out = {}, f"-{code_version()}", self.run.folder.parent
+        name = self.run.name.removesuffix(code).replace(f"-{self.run.train.tokens}-", "-*-")
+        for path in sorted([*out.glob(f"{name}/trunk.pt"), *out.glob(f"{name}{code}/trunk.pt")]):
             step, config, log = read_checkpoint(
                 path, lambda saved: [saved[part] for part in ("step", "config", "log")])
             changed = self.changed(config)
@@ -954,8 +956,7 @@ def main(argv):
             machine.say(f"finished before (another --out trains it again): {summary(row)}")
             continue
         try:
-            alone = machine.rank > 0  # only rank 0 needs to see the folder
-            with contextlib.nullcontext() if alone else only_process(run.folder, "trains"):
+            with contextlib.nullcontext() if machine.rank else only_process(run.folder, "trains"):
                 status = 0 if train_one(run, machine) else 130
         except torch.OutOfMemoryError:
             raise SystemExit(f"{run.name}: out of memory; try --checkpointing, or a smaller "

@@ -145,7 +145,7 @@ def small_experiment(command, home):
         words = [sys.executable, *words[1:], "--width", "16", "--depth", "1", "--tokens-per-step",
                  "512", "--context", "256", "--warmup", "2", "--val-rows", "2", "--device", "cpu"]
     else:
-        words = small(words) + ["--vision-width", "0"] * trains
+        words = small(words)
     if trains:
         words += ["--tokens", budget, "--seed", "0"]
     return words + ["--quick"] * ("tools.bench" in words) + ["-n", "2"] * ("tools.score" in words)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,8 +108,20 @@ def test_an_edit_of_the_code_is_trained_anew(tmp_path, capsys, monkeypatch):
         assert after.keys() == {before, f"{before}-edited"}
         assert "other code" in capsys.readouterr().out
         assert trained(tmp_path, "--tokens", "5K") == after
+        trained(tmp_path, "--tokens", "10K")
+        assert "from step" in capsys.readouterr().out  # the trunk of its own code
     assert after[before]["code"] != after[f"{before}-edited"]["code"] == "edited"
-    assert trained(tmp_path, "--tokens", "5K") == after
+    assert trained(tmp_path, "--tokens", "5K").items() >= after.items()
+    shutil.rmtree(tmp_path / before)  # a row alone is no answer of another code, either
+    monkeypatch.setattr(train, "code_version", lambda: "third")
+    assert trained(tmp_path, "--tokens", "5K")[before]["code"] == "third"
+
+
+def test_a_preset_at_another_width_has_the_encoder_of_that_width():
+    for flags, encoder in (([], 384), (["--width", "1536"], 768), (["--width", "128"], 64),
+                           (["--width", "1536", "--vision-width", "512"], 512)):
+        run, = train.parse_runs(["--preset", "289m", "--tokens", "100M", *flags])
+        assert run.model.encoder_width == encoder
 
 
 def test_only_what_the_code_does_makes_its_version(tmp_path, monkeypatch):
