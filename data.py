@@ -398,7 +398,7 @@ class Shards:
 
     def __init__(self, root, split="train"):
         root, self.meta = Path(root), read_meta(root)
-        check(split in self.meta["splits"], f"{root} has no split {split!r}: add it with "
+        check(split in self.meta["splits"], f"{root} has no split {split!r}: pack other files with "
               f"`python -m tools.pack ... --split {split} --out {root}`")
         kinds = self.meta["splits"][split]
         self.encoding = get_tokenizer(self.meta["tokenizer"])

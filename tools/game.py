@@ -34,12 +34,19 @@ def show(runs):
         print(f"{N:12,.0f}   " + "".join(texts))
 
 
+def answer(question):
+    """What the player types, asked again until it is a loss."""
+    while not 0 < number(text := input(question)) < np.inf:
+        print("a loss is a number above 0, such as 0.3")
+    return text
+
+
 def ask(hidden, given):
     """The guesses (n,): those of --guess, or what the player types."""
     try:
         guesses = given.split(",") if given else [
-            input(f"loss of N {N:,.0f} after D {D:,.0f} tokens? ") for N, D, _ in hidden.T]
-    except EOFError:
+            answer(f"loss of N {N:,.0f} after D {D:,.0f} tokens? ") for N, D, _ in hidden.T]
+    except (EOFError, KeyboardInterrupt):
         check(False, "there is nobody to ask; give the losses with --guess")
     found = np.array([number(guess) for guess in guesses])
     check(len(found) == len(hidden[0]) and ((found > 0) & (found < np.inf)).all(),

@@ -150,9 +150,12 @@ RECORDS = {".parquet": parquet_rows, ".txt": text_pieces, ".json": list_records,
 
 
 def caption_parts(record, members, folder):
-    """img2dataset: KEY.jpg (or .png, .webp), and KEY.txt or else the "caption" of KEY.json."""
+    """img2dataset: KEY.jpg (or .png, .webp), and KEY.txt or else the "caption" of KEY.json. A key
+    ends at the first dot, so that 2024.a.jpg and 2024.b.jpg have one."""
     images = [members[x] for x in members if x.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
     texts = [members[x].decode("utf-8-sig") for x in members if x.endswith(".txt")]
+    if max(len(images), len(texts)) > 1:
+        return [Skip("several images or texts of one name (up to its first dot)")]
     caption = (texts[0] if texts else (record or {}).get("caption") or "").strip()
     if len(caption) > MAX_CAPTION or "\0" in caption:
         caption = Skip("caption too long" if len(caption) > MAX_CAPTION else "caption with NUL")
@@ -528,7 +531,11 @@ def print_totals(splits, skipped):
         print(f"skipped {count:,}: {reason} (first: {example})")
     if splits and "val" not in splits:
         print("note: nothing is in the split val, which training needs: give other files with "
-              "--split val, or a larger --val-fraction and another --out")
+              "--split val, or the same with a larger --val-fraction")
+    few = [kind for kind, total in splits.get("val", {}).items() if total["docs"] < 20]
+    if few:
+        print(f"note: a loss of fewer than 20 documents says little ({', '.join(few)} of the split "
+              "val): give a larger --val-fraction")
 
 
 def main(argv=None):
@@ -536,12 +543,16 @@ def main(argv=None):
     add = parser.add_argument
     for kind, (flag, _, endings) in LAYOUTS.items():
         add(flag, dest=kind, nargs="+", default=[], metavar="GLOB",
-            help=f"files ({' '.join(endings)}), folders or quoted globs")
+            help=f"files ({' '.join(endings)}), folders or quoted globs"
+            + "; of a folder of NAME.jpg and NAME.txt: tar --sort=name -cf my.tar -C FOLDER ."
+            * (kind == "caption"))
     add("--out", required=True, help="folder for the packed data")
-    add("--tokenizer", default="bytes", help="bytes, a tiktoken name or a path to a .tiktoken file")
-    add("--image-size", type=int, default=224, help="pixels, as in training")
-    add("--split", choices=("train", "val"), default="train")
-    add("--val-fraction", type=float, default=0.01, help="share of train that becomes val")
+    add("--tokenizer", default="bytes", help="bytes (the default), a tiktoken name or a path to a "
+        ".tiktoken file")
+    add("--image-size", type=int, default=224, help="pixels, as in training (default: 224)")
+    add("--split", choices=("train", "val"), default="train", help="(default: train)")
+    add("--val-fraction", type=float, default=0.01, help="share of train that becomes val (default:"
+        " 0.01)")
     add("--workers", type=int, default=0, help="processes; 0 = one per core")
     args = vars(parser.parse_args(argv))
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8

@@ -185,7 +185,8 @@ def main(argv=None):
     draw_rows(batch, source.encoding.decode, args.out, patch, size, [kind for kind, _ in kinds])
     if args.mask:
         draw_mask(batch, args.mask)
-    print(f"{args.n} rows: {', '.join(kind for kind, _ in kinds)}")
+    print(f"{args.n} rows of --context {context} --image-size {size} --patch-size {patch}: "
+          f"{', '.join(kind for kind, _ in kinds)}")
 
 
 if __name__ == "__main__":
