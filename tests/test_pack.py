@@ -300,10 +300,12 @@ def test_bad_captions_are_counted(tmp_path):
         ("2.png", good), ("2.txt", " \n"), ("3.png", good), ("3.txt", b"\xff\xfe caf\xe9"),
         ("4.png", bomb(13000)), ("4.txt", "bomb"), ("5.png", good), ("5.json", "{broken"),
         ("6.txt", "no image"), ("7.png", picture(size=(1, 1))), ("7.txt", "a tracking pixel"),
-        ("8.jpg", b"<html>404</html>"), ("8.txt", "not found"), ("9.png", good), ("9.txt", "end")])
+        ("8.jpg", b"<html>404</html>"), ("8.txt", "not found"), ("9.png", good), ("9.txt", "end"),
+        ("2024.1.png", good), ("2024.1.txt", "one"), ("2024.2.png", good), ("2024.2.txt", "two")])
     meta, shards = pack_one(tmp_path, "caption", path)
     assert texts(shards, "caption") == ["▣fine", "▣end"]
     assert skipped(meta) == {
+        "several images or texts of one name (up to its first dot)": 1,
         "corrupt image": 2, "no text": 1, "broken record (UnicodeDecodeError)": 1,
         "image too large": 1, "broken record (JSONDecodeError)": 1, "missing image": 1,
         "image too small": 1}

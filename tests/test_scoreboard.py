@@ -140,11 +140,12 @@ def test_the_game_scores_guesses_beside_a_law_that_has_not_seen_the_answers(caps
 
 
 def test_the_game_asks_for_what_is_not_given(monkeypatch):
-    asked = []
-    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "0.3")
+    """And again where the answer is no loss."""
+    asked, typed = [], iter(["abc", *5 * ["0.3"]])
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or next(typed))
     game.main([STUDY])
     hidden = f"{largest(fit_laws.read_rows(STUDY)):,}"
-    assert len(asked) == 5 and all(hidden in line for line in asked)
+    assert len(asked) == 6 and len({*asked}) == 5 and all(hidden in line for line in asked)
 
 
 @pytest.mark.parametrize("flags, named", [
