@@ -473,7 +473,7 @@ def square(pixels, size, rng=None):
 
 def crop_box(h, w, rng=None):
     """(top, left, height, width) of the centre square, or with rng of RandomResizedCrop (paper
-    4.2): area 0.4-1 of the image, width / height 3/4-4/3 (log-uniform), else its centre."""
+    4.2): area 0.4-1, width / height 3/4-4/3 (log-uniform); if ten miss, the centre's largest."""
     for _ in range(10 if rng else 0):
         area = h * w * rng.uniform(0.4, 1.0)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))

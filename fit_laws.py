@@ -392,8 +392,8 @@ def make_runs(rows, name, loss, args, notes):
             notes.append(f"{name}: one law for {key} {', '.join(sorted(kinds))} (--group-by)")
     models = {(row["N"], row["D"], row.get("seed", i)) for i, row in enumerate(rows)}
     if len(models) < len(rows):
-        notes.append(f"{name}: {len(rows) - len(models)} runs have N, D and seed of another, which "
-                     "other flags or another code has trained (--where, --group-by)")
+        notes.append(f"{name}: {len(rows) - len(models)} runs have the N, D and seed of another "
+                     "run, with other flags or other code (--where, --group-by)")
     C, vision = 6 * (np.nan_to_num(Nv * Dv) + N * D), (0, 0, 1)
     if np.isfinite(Nv * Dv).all() and np.ptp(N) > 0:
         q, p = np.polyfit(np.log(N), np.log(Nv), 1)
@@ -443,9 +443,9 @@ def study(runs, args, stream):
 def at_budget(s, C):
     """Compute-optimal model for C FLOPs -> its numbers, (K,) bootstrap losses."""
     N, D, loss = optimum(s.fit.coef, C, s.runs.vision)
-    if s.fit.condition > 1e5:  # a ridge has no best model
-        N = D = loss = np.nan
     losses = optimum(s.draws, C, s.runs.vision)[2]
+    if s.fit.condition > 1e5:  # a ridge has no best model
+        N, D, loss, losses = np.nan, np.nan, np.nan, np.nan * losses
     found = {"C": C, "N": N, "D": D, "loss": loss, "ci": {"loss": interval(losses)}}
     return found | {"extrapolates": not s.runs.C.min() <= C <= s.runs.C.max()}, losses
 

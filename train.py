@@ -142,13 +142,13 @@ def make_runs(given):
     if data != DataConfig.data:  # a run is known by what is packed, wherever that lies
         given = {**given, "contents": read_meta(data)["contents"]}
     # a preset's lr and encoder belong to its own width, so they are derived from the final width
-    own = {"lr": 0.0} | ({"vision_width": 0} if "width" in given else {})
-    values = {**SIZES[asked.preset], **own, **sizes_of_weights(asked, given), **given}
+    preset, known = SIZES[asked.preset], {**sizes_of_weights(asked, given), **given}
+    own = {} if known.get("width") in (None, preset.get("width")) else {"vision_width": 0}
+    values = {**preset, "lr": 0.0, **own, **known}
     # presets have the paper's vocabulary; data whose tokenizer has more ids than that get theirs
     values["vocab_size"] = max(values.get("vocab_size", 0), vocab_size(data))
-    runs = [make_run({**values, "tokens": tokens}, given)
-            for tokens in dict.fromkeys(asked.tokens.split(","))]
-    runs = sorted(runs, key=lambda run: run.steps)
+    runs = sorted((make_run({**values, "tokens": tokens}, given) for tokens in
+                   dict.fromkeys(asked.tokens.split(","))), key=lambda run: run.steps)
     warmup = runs[0].train.warmup  # for all: otherwise budgets of a preset would share no trunk
     return [replace(run, train=replace(run.train, warmup=warmup)) for run in runs]
 

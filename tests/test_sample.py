@@ -53,6 +53,11 @@ def test_data_that_have_moved_can_be_named(tmp_path, capsys):
     assert "another tokenizer" in one_line(SystemExit, sample.main,
                                            [run, "--data", str(tmp_path / "b"), "--prompt", "x"])
     assert "gone" in one_line(SystemExit, sample.main, [run, "--prompt", "x"])
+    assert "data.json" in one_line(SystemExit, sample.main,
+                                   [run, "--data", str(tmp_path), "--prompt", "x"])
+    save_run(tmp_path / "world", build(vocab_size=264))  # it reads bytes, as other data do
+    pack({"text": [str(tmp_path / "t.jsonl")]}, tmp_path / "c", val_fraction=0, workers=1)
+    sample.main([str(tmp_path / "world"), "--data", str(tmp_path / "c"), "--prompt", "x"])
 
 
 def test_mistakes_of_sample_end_in_one_line(tmp_path):

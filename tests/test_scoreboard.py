@@ -80,9 +80,12 @@ def test_a_pair_shares_what_no_side_of_the_finding_names(capsys, tmp_path):
     experts = [row | {"moe": "learned", "n_experts": 8, "top_k": 1, "granularity": 1,
                       "loss": 0.9 * row["loss"], "run": f"e{row['seed']}"} for row in dense]
     assert verdicts(capsys, tmp_path, dense + experts)[claim][-1] == "**replicates**"
-    for other in ({"lr": 0.02}, {"fusion": "late"}, {"depth": 8}, {"warmup": 9}):
+    for other in ({"lr": 0.02}, {"fusion": "late"}, {"depth": 8}):
         rows = dense + [row | other for row in experts]
         assert claim not in verdicts(capsys, tmp_path, rows), other
+    late = [row | {"moe": "learned", "n_experts": 8, "study": "pairs"} if row["fusion"] == "late"
+            else row for row in pairs((1.0, 1.1, 1.2))]
+    assert LEAD not in verdicts(capsys, tmp_path, late)
     both = dense + experts + [row | {"lr": 0.02, "run": row["run"] + "-2"}
                               for row in dense + experts]
     assert verdicts(capsys, tmp_path, both)[claim][3] == "3"  # the mean over the rates

@@ -142,7 +142,7 @@ def test_diverged_runs_are_counted_and_named(capsys, tmp_path):
     (["--by", "fusion"], "fusion"), (["--metric", "loss,lost"], "lost"),
     (["--by", "top-k"], "top-k"), (["--by", "mixture"], "--by .*moe"),
     (["--against", "moe=modality"], "moe=modality"), (["--plot", "moe"], "--plot moe"),
-    (["--where", "moe"], "'moe'"), (["--where", "loss>9"], "loss>9"),
+    (["--where", "moe"], "--where .*'moe'"), (["--where", "loss>9"], "loss>9"),
     (["--metric", "mixture"], "mixture"), (["no/such/folder"], "no/such/folder")])
 def test_mistakes_end_in_one_clear_line(capsys, tmp_path, flags, named):
     assert re.search(named, one_line(SystemExit, cells, capsys, tmp_path, ROWS, *flags))

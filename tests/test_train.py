@@ -304,13 +304,14 @@ def test_vision_learning_rate_zero_freezes_the_encoder(tmp_path):
 def test_both_parts_can_be_initialised(tmp_path):
     """The decoder of a text-only run, the encoder of a late one, or both of one; at rate 0."""
     trained(tmp_path / "text", "--tokens", "5K", "--mixture", "0-0-100")
-    trained(tmp_path / "late", "--tokens", "5K", "--fusion", "late", "--seed", "1")
+    trained(tmp_path / "late", "--tokens", "5K", "--fusion", "late", "--seed", "1",
+            "--checkpointing")
     text, late = (str(one(tmp_path / name)) for name in ("text", "late"))
     still = ["--fusion", "late", "--tokens", "5K", "--lr", "1e-20", "--weight-decay", "0"]
     trained(tmp_path / "both", *still, "--init", text.replace("-s0", "-s{seed}"),
             "--init-vision", late)
     again, = trained(tmp_path / "again", *still, "--init", late).values()
-    assert again["init"] == late
+    assert again["init"] == late and not run_of("--init", late).model.checkpointing
     assert f"--init-vision {text}" in one_line(  # early fusion has no encoder
         SystemExit, trained, tmp_path / "wrong", *still, "--init-vision", text)
     text, late, both, again = (weights(one(tmp_path / name))

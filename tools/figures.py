@@ -52,7 +52,10 @@ def draw_optima(panels, studies):
     C, first = np.geomspace(low / 3, high * 3, 30), None
     for k, s in enumerate(studies):
         coefs = [s.fit.coef, *s.draws[:400]]
-        N, D, loss = np.moveaxis([optimum(coef, C, s.runs.vision) for coef in coefs], 1, 0)
+        found = np.array([optimum(coef, C, s.runs.vision) for coef in coefs])
+        if s.fit.condition > 1e5:  # a ridge has no best model
+            found *= np.nan
+        N, D, loss = np.moveaxis(found, 1, 0)
         first = loss if first is None else first
         above = 100 * (loss / first - 1)  # (K + 1, Q), because the fit comes before its refits
         for ax, curves in zip(panels, (N, D, D / N, above)):

@@ -47,9 +47,10 @@ def multiplier(one, two, C, visions):
 
 
 def print_multipliers(studies, args):
-    """A line for each budget, with its 95 % interval over resamples of the runs."""
+    """A line for each budget, with its 95 % interval over resamples of the trunks."""
     found = {s.runs.name: s for s in studies}
     pair = [found[name] for name in args.compare]
+    check(max(s.fit.condition for s in pair) < 1e5, "a group lies on a ridge: it has no best model")
     visions = [s.runs.vision for s in pair]
     laws = [fit_above_floor(s.runs, draw_weights(s.runs, args.bootstrap, [1, i]))
             for i, s in enumerate(pair)]

@@ -241,7 +241,7 @@ LAYOUTS = {
 
 
 def read_source(path, kind):
-    """Yields (key, parts) of one file. One that is cut or damaged ends in a last Skip."""
+    """Yields (key, parts, record) of one file. One that is cut or damaged ends in a last Skip."""
     make_parts = LAYOUTS[kind][1]
     try:
         for key, record, members in read_samples(path):
@@ -438,11 +438,11 @@ def unfinished(jobs, out, config):
                   "again, because nothing may be in both train and val")
     todo = [job for job in jobs if done.get(job[2]) != job[4]]
     gone = {seen_as(x): (x["path"], folder) for folder, x in done.items()
-            if not os.path.exists(x["path"])}
-    for path, *_, made_from in todo:  # or its documents would be there twice, or in both splits
+            if not os.path.exists(x["path"]) or os.path.realpath(x["path"]) != x["path"]}
+    for *_, made_from in todo:  # or its documents would be there twice, or in both splits
         before, folder = gone.get(seen_as(made_from), ("", ""))
-        check(not before, f"{path} seems to be {before}, which was packed before and has moved: "
-              f"move it back, or delete {folder} to pack it anew")
+        check(not before, f"{made_from['path']} seems to be {before}, which was packed before and "
+              f"has moved: move it back, or delete {folder} to pack it anew")
     hint = f" (to pack one again, as when images were missing, delete its folder in {out})"
     print(f"{len(jobs)} files, {len(jobs) - len(todo)} of them packed before"
           + (hint if len(todo) < len(jobs) else ""))
@@ -535,7 +535,7 @@ def print_totals(splits, skipped):
     few = [kind for kind, total in splits.get("val", {}).items() if total["docs"] < 20]
     if few:
         print(f"note: a loss of fewer than 20 documents says little ({', '.join(few)} of the split "
-              "val): give a larger --val-fraction")
+              "val): give more files, or a larger --val-fraction")
 
 
 def main(argv=None):

@@ -30,9 +30,10 @@ def load_model(run_dir, data_now=None):
         model.load_state_dict(ckpt["model"])
         return model.eval(), ckpt["config"]["data"]
     model, data = read_checkpoint(run_dir, build)
-    if data_now and Path(data_now, "data.json").is_file():
+    if data_now not in (None, "procedural") and not Path(data_now).is_file():
         meta = read_meta(data_now)
-        check(data.get("tokenizer_hash") == meta["tokenizer_hash"],
+        check(data["tokenizer"] == meta["tokenizer"] == "bytes"  # the world has no hash
+              or data.get("tokenizer_hash") == meta["tokenizer_hash"],
               f"{data_now}: packed with another tokenizer than the run's")
         data = {**data, "data": data_now, "tokenizer": meta["tokenizer"]}
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), data

@@ -35,10 +35,10 @@ SETTINGS = ("fusion moe n_experts top_k granularity width depth vision_width mix
             ).split()
 # What differs with a field, and so need not be equal in a pair.
 FOLLOWS = {"fusion": "lr vision_lr vision_width init init_vision",
-           "moe": "n_experts top_k granularity init",
+           "moe": "n_experts top_k granularity warmup init", "D": "warmup",
            "width": "lr vision_width", "interleaved_share": "mixture",
            "text_share": "mixture", "image_size": "context D tokens_per_step"}
-EARLY, LATE = {"fusion": "early", "moe": "none"}, {"fusion": "late"}
+EARLY, LATE = ({"fusion": fusion, "moe": "none"} for fusion in ("early", "late"))
 FROZEN, SLOW, FULL = (LATE | {"vision_lr": rate} for rate in ("0.0", "0.01", "1.0"))
 LESS, MORE = {"mixture": "81-9-10"}, {"mixture": "9-81-10"}  # interleaved documents
 EXPERTS = EARLY | {"moe": "learned", "n_experts": "8", "top_k": "1", "granularity": "1"}
@@ -124,10 +124,11 @@ def in_order(end):
 
 
 def whatever_rate(pairs):
-    """The same differences, without the learning rate, of which each end may have its own."""
-    found = {tuple(item for item in key if item[0] != "lr"): x for key, x in pairs.items()}
-    check(len(found) == len(pairs), "some pairs differ in lr alone: leave out all but one rate")
-    return found
+    """Their means over the learning rates, of which each end may have its own."""
+    found = {}
+    for key, x in pairs.items():
+        found.setdefault(tuple(item for item in key if item[0] != "lr"), []).append(x)
+    return {key: np.mean(x) for key, x in found.items()}
 
 
 def by_seed(pairs):

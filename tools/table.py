@@ -7,8 +7,9 @@
 
 Reads OUT/results.jsonl of train.py, or any file of such rows, as tools.score writes. ± is the
 standard deviation over seeds. The last column is the difference to another line, of losses in per
-cent of that, with its 95 % t-interval. It is of pairs with one seed, because the noise that they
-share (the same data in the same order) cancels; where no seed is shared, it is Welch's. With
+cent of that, with its 95 % t-interval. It is of pairs with one seed, because they may share noise
+(of the same data in the same order; in our runs little); where no seed is shared, it is Welch's.
+With
 --against, --plot draws these differences of pairs in per cent of the other line.
 """
 import re
@@ -213,7 +214,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     rows = read(args.paths)
     for rule in args.where:
-        rows = [row for row, holds in zip(rows, select(rows, rule)) if holds]
+        try:
+            rows = [row for row, holds in zip(rows, select(rows, rule)) if holds]
+        except SystemExit as error:
+            raise SystemExit(f"--where {str(error).removeprefix('fit_laws.py: ')}") from None
         check(rows, f"--where {rule}: no row has that")
     known = sorted(dict.fromkeys(chain(*rows)), key="loss".__ne__)  # loss first
     by, across, metrics, against = (text.split(",") if text else [] for text in (
