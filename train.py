@@ -114,7 +114,6 @@ class Run:
     steps: int
     branch: int  # first step of the cooldown: up to here, the run is the trunk of longer ones
     name: str
-
     folder = property(lambda self: Path(self.train.out) / self.name)
 
 
@@ -145,6 +144,11 @@ def make_runs(given):
     preset, known = SIZES[asked.preset], {**sizes_of_weights(asked, given), **given}
     own = {} if known.get("width") in (None, preset.get("width")) else {"vision_width": 0}
     values = {**preset, "lr": 0.0, **own, **known}
+    check(values.get("fusion") == "late" or not asked.init_vision,
+          "--init-vision: only late fusion has an encoder; add --fusion late")
+    for part, path in asked.sources().items():  # and by weights to start from, which may change
+        given = {**given, part: read_checkpoint(path, lambda saved: zlib.crc32(
+            saved["model"]["blocks.0.attention.q.weight"].numpy()))}
     # presets have the paper's vocabulary; data whose tokenizer has more ids than that get theirs
     values["vocab_size"] = max(values.get("vocab_size", 0), vocab_size(data))
     runs = sorted((make_run({**values, "tokens": tokens}, given) for tokens in
@@ -161,8 +165,6 @@ def make_run(values, given):
           f"{train.tokens_per_step}: need whole rows, a multiple of --context {model.context}")
     check(model.moe == "learned" or not {"experts", "top_k"} & given.keys(),
           f"--experts and --top-k need --moe learned, not {model.moe}")
-    check(model.fusion == "late" or not train.init_vision,
-          "--init-vision: only late fusion has an encoder; add --fusion late")
     try:
         steps = round(whole_number(train.tokens) / train.tokens_per_step)
     except ValueError:
@@ -598,11 +600,11 @@ class Trainer:
         """Takes over the weights that --init and --init-vision name. The vision part comes with the
         decoder only if both use the same fusion."""
         for part, path in self.run.train.sources().items():
-            known, weights = read_checkpoint(
-                path, lambda saved: (saved["config"]["model"], saved["model"]))
+            known, weights, step = read_checkpoint(path, lambda saved: (
+                saved["config"]["model"], saved["model"], saved.get("step", "its last")))
             if part == "decoder" or known.get("fusion") == self.run.model.fusion:
                 adopt(self.model, weights, part, path)
-                self.machine.say(f"{self.run.name}: {part} from {path}")
+                self.machine.say(f"{self.run.name}: {part} from {path}, step {step}")
             else:
                 check(not self.run.train.init_vision,
                       f"--init-vision {path}: not a run of late fusion")

@@ -5,8 +5,6 @@
 
 A language model can only be judged against the best possible one if somebody knows what that one
 would score. Here we do, because every choice that a text reveals is drawn with a known probability.
-
-Dimensions:  S image side in pixels
 """
 import argparse
 import bisect
@@ -161,7 +159,7 @@ class World:
                 return scene
 
     def draw(self, scene, rng):
-        """uint8 (S, S, 3)."""
+        """uint8 (S, S, 3), S pixels a side."""
         canvas, c = self.backgrounds[rng.randrange(64)].copy(), self.cell
         rgb = list(COLOURS.values())
         for cell, (thing, colour) in scene.items():

@@ -555,6 +555,15 @@ def test_names_do_not_collide_and_changed_files_are_packed_again(tmp_path):
             pack(sources, tmp_path / "out", val_fraction=0, workers=1, **options)
 
 
+def test_kinds_that_are_not_validated_are_noted(tmp_path, capsys):
+    """They would drop out of the loss without a word."""
+    tar = write_tar(tmp_path / "a.tar", [("0.png", picture()), ("0.txt", "one")])
+    lines = write_texts(tmp_path / "a.jsonl", *map(str, range(200)))
+    pack({"caption": [str(tar)], "text": [str(lines)]}, tmp_path / "out", val_fraction=0.3, workers=1)
+    note = capsys.readouterr().out.splitlines()[-1]
+    assert "caption" in note and "text" not in note
+
+
 def test_a_file_that_has_moved_is_not_packed_twice(tmp_path):
     """Its documents would be there twice, and with another split in both."""
     write_texts(tmp_path / "raw" / "a.jsonl", "one", "two")

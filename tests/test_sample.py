@@ -158,6 +158,7 @@ def test_heads_come_from_the_file_or_the_flag():
 
 @pytest.mark.parametrize("change, named", [
     (lambda s: {k: v for k, v in s.items() if "inv_freq" not in k}, "--heads"),
+    (lambda s: {k: v for k, v in s.items() if "q_norm" not in k}, "q_norm"),
     (lambda s: {"a": s["norm.weight"]}, "tok_embeddings"), (lambda s: [s], "list"),
     (lambda s: {**s, "norm.bias": torch.ones(32)}, "norm.bias"),
     (lambda s: {**s, "layers.0.attention.gate.weight": torch.ones(1)}, "attention.gate.weight"),

@@ -168,6 +168,8 @@ def test_early_fusion_is_matched_to_late(capsys):
         assert N[rule] == pytest.approx(n["N"] + encoder * n["N_vision"], rel=0.05), rule
     assert N["text"] < N["flops"] < N["params"] and N["text"] == n["N"]
     assert said(capsys, "--match", "text", "--width", "8").split()[-1] == "8"
+    preset = said(capsys, "--match", "flops", "--preset", "1.75b").split()[-1]
+    assert preset == "2192"  # with the paper's share of images, 0.544, and not the world's
     assert int(said(capsys, "--match", "params", "--width", "16", "--vision-width", "128")
                .split()[-1]) > 64  # beside a large encoder
 
@@ -176,7 +178,7 @@ def test_every_resolution_reads_the_same_text(capsys):
     large, = train.parse_runs(said(capsys, "--equal-text", "--image-size", "48", "--tokens",
                                    "40K").split())
     small, = train.parse_runs(["--tokens", "40K"])
-    text, images = zip(*(sizes.positions(run.data, run.model) for run in (small, large)))
+    text, images = zip(*(sizes.positions(run, run.model) for run in (small, large)))
     assert large.steps == small.steps and images[1] > 1.9 * images[0]
     assert text[0] == pytest.approx(text[1], rel=0.02)
 

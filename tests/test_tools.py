@@ -408,6 +408,8 @@ def test_a_dry_run_for_gpus_that_are_not_here(capsys):
                  f"{0.45 * D:,.0f} tokens; of DFN or COYO: {captions:,.0f} samples, {size:,.1f} GB",
                  "of OBELICS", "of DCLM"):
         assert line in said
+    with pytest.raises(SystemExit, match="--gpus 8xh100"):
+        plan.main([*flags, "--shard", "--gpus", "1xh100"])
     with pytest.raises(SystemExit, match="checkpointing|shard"):
         plan.main(["--preset", "8.13b", "--tokens", "10B", "--gpus", "1xa100"])
 
@@ -433,6 +435,7 @@ def test_a_dry_run_of_a_sweep_adds_up(capsys):
         sweep.main([*flags, f"{gpus}xh100x0.5x1"])
         last = capsys.readouterr().out.splitlines()[-1]
         assert f"all 4 runs, {gpus} at a time" in last and f" {dollars:.0f} dollars" in last
+        assert ("in use" in last) == (gpus > 1 and smaller < 0.6 * larger)
 
 
 @pytest.mark.parametrize("read, texts", [

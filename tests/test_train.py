@@ -321,6 +321,18 @@ def test_both_parts_can_be_initialised(tmp_path):
         assert torch.allclose(again[name], late[name]), name
 
 
+def test_weights_that_were_trained_on_start_another_run(tmp_path):
+    """The path is the same, and the numbers of before would be no answer."""
+    trained(tmp_path, "--tokens", "5K")
+    start = ["--init", str(one(tmp_path)), "--tokens", "5K"]
+    before = run_of(*start).name
+    path = one(tmp_path) / "ckpt.pt"
+    ckpt = torch.load(path, weights_only=True)
+    ckpt["model"]["blocks.0.attention.q.weight"] = 2 * ckpt["model"]["blocks.0.attention.q.weight"]
+    torch.save(ckpt, path)
+    assert run_of(*start).name != before
+
+
 def test_flags_that_contradict_the_weights_are_refused(tmp_path):
     """Sizes come from them, and what would not show in the shape of a parameter is refused."""
     trained(tmp_path, "--width", "24", "--depth", "2", "--heads", "2", "--tokens", "2K")

@@ -31,7 +31,7 @@ def read(folders, over="tokens"):
         lines = map(json_row, log.read_text("utf-8", "replace").splitlines())
         lines = [line for line in lines if "val_loss" in line]
         row = rows_of(log.parent.parent).get(log.parent.name)
-        if over != "tokens" and not row:
+        if over != "tokens" and not (row and row["tok_per_s"]):  # 0 after a single step
             print(f"{log.parent} is left out: it has not ended, so its {over} are not known")
         elif lines:
             cost = {"tokens": lambda row: 1, "flops": lambda row: row["C"] / row["D"],

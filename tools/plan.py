@@ -83,6 +83,8 @@ def plan(run, place, machine):
     paper = cfg.preset != "laptop"
     check(place is not machine or place.memory or not paper, f"--preset {cfg.preset} is a size for "
           "GPUs: name those to plan for, as --gpus 8xh100x0.4")
+    check(place.ranks > 1 or not cfg.shard, "--shard divides a model over several GPUs: name them "
+          "as --gpus 8xh100, of a sweep with --ranks 8")
     loader = Loader(run.data, cfg.seed, shape)
     no_data = paper and run.data.data == "procedural"
     text, image = published_positions(run, loader) if no_data else mean_positions(loader)
@@ -121,8 +123,10 @@ def tell(jobs, cards, machine, ranks, at_once):
             took, disk = took + seconds * (1 if run is runs[-1] else cooldown), disk + size
         heapq.heapreplace(free, free[0] + took)  # it starts where the first becomes free
     if n_runs > 1:
+        busy = sum(free) / at_once / max(free)
+        idle = f", {busy:.0%} of them in use (--ranks divides a run)" * (cards is not None and busy < 0.8)
         print(f"all {n_runs} runs, {min(at_once, len(jobs))} at a time: "
-              f"{timedelta(seconds=round(max(free)))}{dollars(cards, max(free))}, "
+              f"{timedelta(seconds=round(max(free)))}{dollars(cards, max(free))}{idle}, "
               f"{disk:,.2f} GB of disk")
 
 

@@ -175,7 +175,9 @@ def scores(said):
 def append_scores(path, run, scores):
     """Adds a row for tools.table to a file: what the run's own row says, and its scores."""
     folder = Path(run).resolve()
-    trained = finished(folder.parent).get(folder.name, {"run": folder.name})
+    trained = finished(folder.parent).get(folder.name)
+    if not trained:
+        return print(f"note: {run} has not ended, and gets no row in {path}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"study": folder.parent.name, **trained, **scores}) + "\n")

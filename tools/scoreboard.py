@@ -31,8 +31,8 @@ from train import Parser
 
 SMALL = 1.5  # per cent: what we call no effect
 SETTINGS = ("fusion moe n_experts top_k granularity width depth vision_width mixture image_size"
-            " context D patch_size tokens_per_step lr vision_lr warmup init init_vision seed study"
-            ).split()
+            " context D patch_size tokens_per_step lr vision_lr warmup init init_vision scored"
+            " seed study").split()
 # What differs with a field, and so need not be equal in a pair.
 FOLLOWS = {"fusion": "lr vision_lr vision_width init init_vision",
            "moe": "n_experts top_k granularity warmup init", "D": "warmup",
@@ -92,7 +92,7 @@ def chosen(rows, setting, shared, metric):
         if fits and row.get(metric) is not None:
             twin = found.setdefault(tuple((k, row.get(k)) for k in shared), row)
             check(twin is row, f"{twin['run']} and {row['run']} of study {row['study']} differ in "
-                  f"none of {', '.join(SETTINGS)}: remove one of them")
+                  f"none of {', '.join(shared)}: remove one of them")
     return {key: row[metric] for key, row in found.items()}
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from data import Loader, check
 from model import PRESETS, ModelConfig, on_meta, training_memory
 from tools import end_with_the_pipe
-from tools.plan import cards_of, mean_positions
+from tools.plan import cards_of, mean_positions, published_positions
 from tools.sweep import parse_grid
 from train import SIZES, Parser
 
@@ -63,9 +63,12 @@ def print_sizes(budgets):
           "each row of 1024 tokens; the last columns: billions of tokens for so many FLOPs")
 
 
-def positions(data, model):
-    """(text, image) positions of a row."""
-    return mean_positions(Loader(data, 0, model))
+def positions(run, model):
+    """(text, image) positions of a row. A preset without --data is for the paper's data."""
+    loader = Loader(run.data, 0, model)
+    if run.train.preset != "laptop" and run.data.data == "procedural":
+        return published_positions(replace(run, model=model), loader)
+    return mean_positions(loader)
 
 
 def matched_width(run, rule):
@@ -77,7 +80,7 @@ def matched_width(run, rule):
 
     shape, encoder = run.model, {"params": 1, "text": 0}.get(rule)
     if encoder is None:
-        text, image = positions(run.data, shape)
+        text, image = positions(run, shape)
         encoder = image / (text + image)
     late, step = count("late", shape.width), 4 if shape.width < 512 else 16
     widths = [w for w in range(step, 4 * (shape.width + shape.encoder_width), step)
@@ -94,10 +97,10 @@ def equal_text(runs):
     run = runs[0]
     sizes = vars(ModelConfig()) | SIZES[run.train.preset]
     base = replace(run.model, image_size=sizes["image_size"], patch_size=sizes["patch_size"])
-    goal, _ = positions(run.data, base)
+    goal, _ = positions(run, base)
     context = base.context + run.model.n_patches
     for _ in range(4):  # text grows about as the row does: each round is nearer
-        text, _ = positions(run.data, replace(run.model, context=context))
+        text, _ = positions(run, replace(run.model, context=context))
         context = round(context * goal / text)
     step = run.train.tokens_per_step // base.context * context
     return (f"--image-size {run.model.image_size} --patch-size {run.model.patch_size} --context "

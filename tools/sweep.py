@@ -122,7 +122,7 @@ def failure(child):
                 f"--micro-rows); see {child.log}")
     lines = [line for line in text.splitlines() if line and not line.startswith("terminate called")]
     ours = [line for line in lines if not line.startswith("[rank")]  # a rank that missed another
-    last = "".join((ours or lines)[-1:])
+    last = "".join((ours or lines)[-1:]) or "it said nothing, as where the disk is full"
     return f"{child.log} was deleted" if gone else f"{last} (see {child.log})"
 
 
