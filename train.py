@@ -601,7 +601,7 @@ class Trainer:
         decoder only if both use the same fusion."""
         for part, path in self.run.train.sources().items():
             known, weights, step = read_checkpoint(path, lambda saved: (
-                saved["config"]["model"], saved["model"], saved.get("step", "its last")))
+                saved["config"]["model"], saved["model"], saved.get("step", 0)))
             if part == "decoder" or known.get("fusion") == self.run.model.fusion:
                 adopt(self.model, weights, part, path)
                 self.machine.say(f"{self.run.name}: {part} from {path}, step {step}")

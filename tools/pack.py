@@ -533,9 +533,9 @@ def print_totals(splits, skipped):
         print("note: nothing is in the split val, which training needs: give other files with "
               "--split val, or the same with a larger --val-fraction")
     there = splits.get("val", {})
-    few = [kind for kind in {**splits.get("train", {}), **there} if kind not in there
-           or there[kind]["docs"] < 20] if there else []
-    if few:
+    few = [kind for kind in {**splits.get("train", {}), **there}
+           if there.get(kind, {"docs": 0})["docs"] < 20]
+    if there and few:
         print(f"note: a loss of fewer than 20 documents says little ({', '.join(few)} of the split "
               "val): give more files, or a larger --val-fraction")
 

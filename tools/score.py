@@ -177,7 +177,8 @@ def append_scores(path, run, scores):
     folder = Path(run).resolve()
     trained = finished(folder.parent).get(folder.name)
     if not trained:
-        return print(f"note: {run} has not ended, and gets no row in {path}")
+        return print(f"note: {run} gets no row in {path}, because {folder.parent}/results.jsonl "
+                     "has none: it has not ended")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps({"study": folder.parent.name, **trained, **scores}) + "\n")

@@ -9,8 +9,7 @@ Reads OUT/results.jsonl of train.py, or any file of such rows, as tools.score wr
 standard deviation over seeds. The last column is the difference to another line, of losses in per
 cent of that, with its 95 % t-interval. It is of pairs with one seed, because they may share noise
 (of the same data in the same order; in our runs little); where no seed is shared, it is Welch's.
-With
---against, --plot draws these differences of pairs in per cent of the other line.
+With --against, --plot draws these differences of pairs in per cent of the other line.
 """
 import re
 from difflib import get_close_matches
