@@ -87,6 +87,7 @@ class Runs:
 # Posed like this, the paper's own optimiser finds the minimum to 14 digits in 5 ms.
 
 DELTA = 1e-3  # of the Huber loss
+RIDGE = 1e5  # from this condition number on nothing says which model is best
 NAMES = ("A", "B", "E", "alpha", "beta")  # coef (5,) holds ln A, ln B, ln E, alpha, beta
 DENSE = ((0, "N"), (1, "D"))  # for each slope its term and its variable
 
@@ -190,12 +191,12 @@ def diagnose(runs, problem, theta):
     if np.ptp(np.log(runs.D)) < 0.01:
         flags.append("D is the same in all runs: B, beta and E cannot be told apart; "
                      "run two token counts")
-    elif condition > 1e5:
+    elif condition > RIDGE:
         flags.append("the runs lie on a ridge, because N and D grow together or one has only two "
                      "values; run three sizes, and three token counts at each")
     for term, names, j in ((0, "A alpha", 3), (1, "B beta", 4), (2, "E", 2)):
         size = 1 if j == 2 else theta[j]  # an error of 0.5 in ln E, or of half an exponent
-        gone = share[term].max() < 1e-3 or condition > 1e5
+        gone = share[term].max() < 1e-3 or condition > RIDGE
         if gone or not 0 < size <= 2 or error[j] > 0.5 * size:
             weak += names.split() + [*"abd"] * (j > 2)
     return {"condition": condition, "flags": flags, "unidentified": sorted({*weak})}
@@ -428,7 +429,7 @@ def study(runs, args, stream):
     drawn = [envelope(runs.C[w > 0], runs.L[w > 0], cut) for w in weight]
     values["c"], samples["c"] = envelope(runs.C, runs.L, cut), np.array(drawn)
     ci = {k: interval(x) for k, x in samples.items()} if args.bootstrap else {}
-    if ci and fit.condition > 1e5:  # resamples stop anywhere on a ridge
+    if ci and fit.condition > RIDGE:  # resamples stop anywhere on a ridge
         ci |= dict.fromkeys(fit.unidentified)
     s = SimpleNamespace(runs=runs, fit=fit, weight=weight, draws=draws, samples=samples)
     s.record = {
@@ -444,7 +445,7 @@ def at_budget(s, C):
     """Compute-optimal model for C FLOPs -> its numbers, (K,) bootstrap losses."""
     N, D, loss = optimum(s.fit.coef, C, s.runs.vision)
     losses = optimum(s.draws, C, s.runs.vision)[2]
-    if s.fit.condition > 1e5:  # a ridge has no best model
+    if s.fit.condition > RIDGE:
         N, D, loss, losses = np.nan, np.nan, np.nan, np.nan * losses
     found = {"C": C, "N": N, "D": D, "loss": loss, "ci": {"loss": interval(losses)}}
     return found | {"extrapolates": not s.runs.C.min() <= C <= s.runs.C.max()}, losses

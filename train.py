@@ -146,8 +146,8 @@ def make_runs(given):
     values = {**preset, "lr": 0.0, **own, **known}
     check(values.get("fusion") == "late" or not asked.init_vision,
           "--init-vision: only late fusion has an encoder; add --fusion late")
-    for part, path in asked.sources().items():  # and by weights to start from, which may change
-        given = {**given, part: read_checkpoint(path, lambda saved: zlib.crc32(
+    for path in {*asked.sources().values()}:  # and by weights to start from, which may change
+        given = {**given, path: read_checkpoint(path, lambda saved: zlib.crc32(
             saved["model"]["blocks.0.attention.q.weight"].numpy()))}
     # presets have the paper's vocabulary; data whose tokenizer has more ids than that get theirs
     values["vocab_size"] = max(values.get("vocab_size", 0), vocab_size(data))
@@ -877,10 +877,9 @@ def result_row(trainer, status, losses):
         "run": run.name, **known, "data": run.data.data, "n_experts": ffn.experts,
         "top_k": ffn.top_k, "vision_width": run.model.encoder_width if n["N_vision"] else 0, **n,
         "D": D, "D_vision": D_vision, "C": trainer.model.flops(D, D_vision), **losses,
-        "steps": run.steps, **trainer.speed(),
+        "steps": run.steps, **trainer.speed(), "device": machine.name, "world_size": machine.ranks,
         "peak_mem_mb": torch.cuda.max_memory_allocated() // 2**20 if machine.is_cuda else 0,
-        "device": machine.name, "world_size": machine.ranks, "torch": torch.__version__,
-        "git": git_commit(), "status": status,
+        "torch": torch.__version__, "git": git_commit(), "status": status,
     }
 
 

@@ -12,7 +12,7 @@ The other flags choose rows and groups as in fit_laws.py; see python fit_laws.py
 
 import numpy as np
 
-from fit_laws import check, gather, optimum, parse_args, predict
+from fit_laws import RIDGE, check, gather, optimum, parse_args, predict
 from tools import human, need, panels, save, style
 from tools.laws_more import isoflop_budgets, isoflop_minima
 from train import make_folder
@@ -53,7 +53,7 @@ def draw_optima(panels, studies):
     for k, s in enumerate(studies):
         coefs = [s.fit.coef, *s.draws[:400]]
         found = np.array([optimum(coef, C, s.runs.vision) for coef in coefs])
-        if s.fit.condition > 1e5:  # a ridge has no best model
+        if s.fit.condition > RIDGE:
             found *= np.nan
         N, D, loss = np.moveaxis(found, 1, 0)
         first = loss if first is None else first

@@ -15,8 +15,8 @@ from argparse import Namespace
 import numpy as np
 from scipy.optimize import brentq
 
-from fit_laws import (build_problem, check, draw_weights, fit_law, gather, interval, minimise,
-                      optimum, parse_args, predict, projected_starts, screen, span)
+from fit_laws import (RIDGE, build_problem, check, draw_weights, fit_law, gather, interval,
+                      minimise, optimum, parse_args, predict, projected_starts, screen, span)
 from tools import end_with_the_pipe
 
 
@@ -50,7 +50,8 @@ def print_multipliers(studies, args):
     """A line for each budget, with its 95 % interval over resamples of the trunks."""
     found = {s.runs.name: s for s in studies}
     pair = [found[name] for name in args.compare]
-    check(max(s.fit.condition for s in pair) < 1e5, "a group lies on a ridge: it has no best model")
+    check(max(s.fit.condition for s in pair) <= RIDGE,
+          "a group lies on a ridge: it has no best model")
     visions = [s.runs.vision for s in pair]
     laws = [fit_above_floor(s.runs, draw_weights(s.runs, args.bootstrap, [1, i]))
             for i, s in enumerate(pair)]

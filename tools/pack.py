@@ -290,6 +290,11 @@ def load_image(data, store_size):
     return np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC))  # (h, w, 3)
 
 
+def store_size(image_size):
+    """The short side of stored images: 256 for crops of 224."""
+    return round(image_size * 8 / 7)
+
+
 def to_rgb(Image, image):
     if image.mode[0] in "IF":  # 16 bit or float, which convert("RGB") would clip
         grey = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0).clip(0)  # (h, w)
@@ -383,7 +388,7 @@ def pack(sources, out, tokenizer="bytes", image_size=224, split="train", val_fra
     ranks = repr((encoding._pat_str, encoding._mergeable_ranks)).encode()
     config = {"tokenizer_hash": zlib.crc32(ranks), "vocab_size": encoding.n_vocab,
               "eot": encoding.eot_token, "image_size": image_size,
-              "store_size": round(image_size * 8 / 7)}  # 256 for the usual crops of 224
+              "store_size": store_size(image_size)}
     val_share = 1.0 if split == "val" else val_fraction
     jobs = find_jobs(sources, out, str(tokenizer), config, val_share)
     try:

@@ -76,6 +76,16 @@ def published_positions(run, loader):
     return run.model.context - image, image
 
 
+def lacks_data(run):
+    """Whether a size of the paper is planned without --data: then for the paper's."""
+    return run.train.preset != "laptop" and run.data.data == "procedural"
+
+
+def positions(run, loader):
+    """(text, image) positions of a row of this run."""
+    return published_positions(run, loader) if lacks_data(run) else mean_positions(loader)
+
+
 def plan(run, place, machine):
     """Lines for a person, seconds of training, GB on disk. place: Cards, or the machine itself,
     whose speed is then measured."""
@@ -86,8 +96,7 @@ def plan(run, place, machine):
     check(place.ranks > 1 or not cfg.shard, "--shard divides a model over several GPUs: name them "
           "as --gpus 8xh100, of a sweep with --ranks 8")
     loader = Loader(run.data, cfg.seed, shape)
-    no_data = paper and run.data.data == "procedural"
-    text, image = published_positions(run, loader) if no_data else mean_positions(loader)
+    text, image = positions(run, loader)
     model, (micro_rows, times) = on_meta(shape), train.divide_step(run, place)
     n, C = model.num_params(), model.flops(D, image / shape.context * D)
     head = (f"{run.name}: N {n['N']:,}, D {D:,}, C {C:.3g} FLOPs, {run.steps:,} steps of "
@@ -103,7 +112,7 @@ def plan(run, place, machine):
         lines += [f"memory: {(fixed + row * micro_rows) / 1e9:.1f} GB of {place.memory / 1e9:.0f}"]
     disk, padding = 24 * n["N_total"] / 1e9, 1 - (text + image) / shape.context
     lines += [f"disk: {disk:.2f} GB for ckpt.pt and trunk.pt, half more while one is written",
-              f"padding: {padding:.1%} of the positions" + ", without --data" * no_data,
+              f"padding: {padding:.1%} of the positions" + ", without --data" * lacks_data(run),
               *(line_of(kind, share, run, loader) for kind, share in loader.shares.items()),
               *(f"note: {note}" for note in train.notes(run, place.memory, loader))]
     return lines, seconds, disk
@@ -124,7 +133,8 @@ def tell(jobs, cards, machine, ranks, at_once):
         heapq.heapreplace(free, free[0] + took)  # it starts where the first becomes free
     if n_runs > 1:
         busy = sum(free) / at_once / max(free)
-        idle = f", {busy:.0%} of them in use (--ranks divides a run)" * (cards is not None and busy < 0.8)
+        idle = f", {busy:.0%} of them in use (--ranks divides a run)"
+        idle *= cards is not None and busy < 0.8
         print(f"all {n_runs} runs, {min(at_once, len(jobs))} at a time: "
               f"{timedelta(seconds=round(max(free)))}{dollars(cards, max(free))}{idle}, "
               f"{disk:,.2f} GB of disk")

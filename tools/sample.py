@@ -30,7 +30,7 @@ def load_model(run_dir, data_now=None):
         model.load_state_dict(ckpt["model"])
         return model.eval(), ckpt["config"]["data"]
     model, data = read_checkpoint(run_dir, build)
-    if data_now not in (None, "procedural") and not Path(data_now).is_file():
+    if data_now:
         meta = read_meta(data_now)
         check(data["tokenizer"] == meta["tokenizer"] == "bytes"  # the world has no hash
               or data.get("tokenizer_hash") == meta["tokenizer_hash"],
@@ -42,9 +42,9 @@ def load_model(run_dir, data_now=None):
 def read_image(path, size):
     """Any image file -> uint8 (S,S,3): its centre square, resized, as in validation. SystemExit,
     one line, for a file that cannot be read."""
-    from tools.pack import Skip, load_image  # here, because only images need the package pillow
+    from tools.pack import Skip, load_image, store_size  # here, because only images need the package pillow
     try:
-        image = load_image(Path(path).read_bytes(), round(size * 8 / 7))  # as pack stores it
+        image = load_image(Path(path).read_bytes(), store_size(size))
     except OSError as error:
         raise SystemExit(f"cannot read the image {path}: {error.strerror}") from None
     if isinstance(image, Skip):

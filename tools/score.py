@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import (DataConfig, Packed, Procedural, check, encode, expand, get_tokenizer, patchify,
                   square)
 from model import generate
-from tools.pack import LAYOUTS, Skip, load_image, read_source
+from tools.pack import LAYOUTS, Skip, load_image, read_source, store_size
 from tools.sample import load_model
 from train import Parser, finished
 
@@ -115,7 +115,7 @@ def held_out(model, data, source, n):
 def conversations(path, cfg, encoding):
     """The same of a json, with the "answers" of its records, laid out as for training."""
     for key, parts, record in read_source(path, "conversation"):
-        parts = [load_image(x, round(cfg.image_size * 8 / 7)) if isinstance(x, bytes) else x
+        parts = [load_image(x, store_size(cfg.image_size)) if isinstance(x, bytes) else x
                  for x in parts]
         for part in parts:
             check(not isinstance(part, Skip), f"{path}, record {key}: {part}")
@@ -147,7 +147,8 @@ def exchanges(documents, cfg, encoding):
 def answer_all(run, source, n, max_new_tokens):
     """The folder of a run -> the source that was asked, and a list of (kind, what the model says,
     references)."""
-    model, data = load_model(run, source)
+    packed = source not in (None, "procedural") and Path(source).is_dir()
+    model, data = load_model(run, source if packed else None)
     source, encoding, said = source or data["data"], get_tokenizer(data["tokenizer"]), []
     documents = islice(conversations(Path(source), model.cfg, encoding), n) \
         if source.endswith(LAYOUTS["conversation"][2]) else held_out(model, data, source, n or 64)

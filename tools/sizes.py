@@ -15,8 +15,7 @@ from dataclasses import replace
 
 from data import Loader, check
 from model import PRESETS, ModelConfig, on_meta, training_memory
-from tools import end_with_the_pipe
-from tools.plan import cards_of, mean_positions, published_positions
+from tools import end_with_the_pipe, plan
 from tools.sweep import parse_grid
 from train import SIZES, Parser
 
@@ -29,7 +28,7 @@ def in_flops(text):
         budgets = []
         for budget in text.split(","):
             hours, unit, gpus = budget.partition("hx")
-            cards = cards_of(gpus) if unit else None
+            cards = plan.cards_of(gpus) if unit else None
             rate = 3600 * cards.ranks * cards.peak * cards.mfu if cards else 1
             budgets.append(float(hours) * rate)
         if not all(0 < C < float("inf") for C in budgets):
@@ -64,11 +63,8 @@ def print_sizes(budgets):
 
 
 def positions(run, model):
-    """(text, image) positions of a row. A preset without --data is for the paper's data."""
-    loader = Loader(run.data, 0, model)
-    if run.train.preset != "laptop" and run.data.data == "procedural":
-        return published_positions(replace(run, model=model), loader)
-    return mean_positions(loader)
+    """(text, image) positions of a row of this run, were this its model."""
+    return plan.positions(replace(run, model=model), Loader(run.data, 0, model))
 
 
 def matched_width(run, rule):
