@@ -6,8 +6,7 @@ At each of three budgets C (or those of --budget) it asks which loss the first g
 reaches, and how many FLOPs the second group's best model needs for the same loss. That over C is
 the effective compute multiplier: 2 means that the second group has to spend twice as much. Both
 laws are fitted with E held at the true floor, which only the procedural world knows, because a free
-E decides the answer where the frontier flattens. Below it stands the rollout: a law of the sizes up
-to each width predicts the next width's losses. The other flags are those of fit_laws.py.
+E decides the answer where the frontier flattens. The other flags are those of fit_laws.py.
 """
 # Dimensions: n rows (runs), K resamples.
 from argparse import Namespace
@@ -15,8 +14,8 @@ from argparse import Namespace
 import numpy as np
 from scipy.optimize import brentq
 
-from fit_laws import (RIDGE, build_problem, check, draw_weights, fit_law, gather, interval,
-                      minimise, optimum, parse_args, predict, projected_starts, screen, span)
+from fit_laws import (RIDGE, build_problem, check, draw_weights, gather, interval, minimise,
+                      optimum, parse_args, projected_starts, screen, span)
 from tools import end_with_the_pipe
 
 
@@ -65,29 +64,13 @@ def print_multipliers(studies, args):
         print(f"  at {C:.2g} FLOPs: {value:.2f} {span(interval(np.array(draws)), '.2f')}")
 
 
-def print_rollout(runs):
-    """How well a law of the smaller sizes predicts the next one."""
-    sizes = np.unique(runs.N)
-    for following, last in zip(sizes[3:], sizes[2:]):
-        if (runs.N <= last).sum() < 6:  # fit_law needs as many
-            continue
-        coef = fit_law(runs.rows(runs.N <= last)).coef
-        test = runs.rows(runs.N == following)
-        error = 100 * (predict(coef, test.N, test.D) / test.L - 1)
-        print(f"  {runs.name}: from N <= {last:,.0f} to {following:,.0f}: mean error "
-              f"{error.mean():+.1f} %, largest {error[np.abs(error).argmax()]:+.1f} %")
-
-
 def main(argv=None):
     args = parse_args(argv, __doc__)
+    check(args.compare, "name two groups with --compare")
     check(not args.json, "--json belongs to fit_laws.py")
     notes, studies = gather(Namespace(**vars(args) | {"bootstrap": 0}))  # its refits have a free E
     print("\n".join(notes))
-    if args.compare:
-        print_multipliers(studies, args)
-    print("\nrollout")
-    for s in studies:
-        print_rollout(s.runs)
+    print_multipliers(studies, args)
 
 
 if __name__ == "__main__":
