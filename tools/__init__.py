@@ -59,7 +59,7 @@ def human(x, _=None):
     return f"{x:.3g}"
 
 
-def markdown(head, rows):
+def markdown(head, *rows):
     """A table; its cells are text."""
     lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
     return "\n".join(lines)

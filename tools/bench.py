@@ -742,10 +742,10 @@ def show(rows):
     def number(x):
         return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
-    print(markdown(["what", "measured", "from .. to", "mark", "", "note"], [
+    print(markdown(["what", "measured", "from .. to", "mark", "", "note"], *(
         [row.what, *(["", ""] if row.value is None else
                      [number(row.value), f"{number(row.low)} to {number(row.high)}"]),
-         row.mark, row.verdict, row.note] for row in rows]))
+         row.mark, row.verdict, row.note] for row in rows)))
 
 
 def hardware(machine):

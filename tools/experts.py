@@ -94,8 +94,7 @@ def main(argv=None):
     counts = count(model, Loader(cfg, 0, model.cfg))
     check({*cfg.shares} != {"text"} and counts, f"{args.run} was trained on text only: its router "
           "never had two modalities to tell apart")
-    head, *body = table(counts)
-    print(markdown(head, body))
+    print(markdown(*table(counts)))
     print("score: 1 = each expert sees one modality; floor: what experts without a preference have")
     draw(counts, args.out)
 

@@ -70,7 +70,7 @@ def main(argv=None):
         if args.json:
             append_scores(args.json, run, {"facts_bits": total, "facts_bits_n": total / n["N"]})
     print(markdown(["run", "bits", "bits / N", "bits / N_total",
-                    *(f"things {low + 1} to {high}" for low, high in pairwise(BANDS))], rows))
+                    *(f"things {low + 1} to {high}" for low, high in pairwise(BANDS))], *rows))
     print("things A to B, counted from the one met most: bits of one of their facts, of 6")
 
 

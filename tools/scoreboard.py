@@ -176,7 +176,7 @@ def main(argv=None):
             continue
         measured, verdict = judge(x, finding.sign)
         lines.append([finding.section, finding.claim, measured, str(len(x)), verdict])
-    print(markdown(["section", "the paper found", "difference, %", "seeds", "verdict"], lines))
+    print(markdown(["section", "the paper found", "difference, %", "seeds", "verdict"], *lines))
     if missing:
         print(f"\nNot measured: {'; '.join(missing)}.")
 

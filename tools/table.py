@@ -28,7 +28,6 @@ from world import KINDS
 MEASURED = re.compile(r"(loss|floor|accuracy|cider|facts|peak|wall|tok_per|mfu)\w*|N(_\w+)?|C|D_vision"
                       r"|padding|tokens_per_parameter|\w+_share|n_scored|run|seed|device|world_size"
                       r"|torch|git|status")
-SHARES = tuple(f"{kind}_share" for kind in KINDS)  # of the mixture, per cent
 
 
 def read(paths):
@@ -229,17 +228,13 @@ def main(argv=None):
     values = [row[name] for name in metrics for row in rows if row.get(name) is not None]
     check(values and all(isinstance(value, (int, float)) for value in values),
           f"--metric {args.metric or 'loss'}: need a field that holds numbers")
-    fields = [field for field in by or varying(rows, across) if field not in across]
-    if args.plot in SHARES:  # the mixtures differ in it
-        fields = [field for field in fields if field != "mixture"]
-    fields += across
+    fields = [field for field in by or varying(rows, across) if field not in across] + across
     groups = group(rows, fields)
     check(not across or all(isinstance(key[-1], (int, float)) for key in groups),
           f"--plot {args.plot}: not a number in every row")
     lines = [key for key in groups if {*against} <= {f"{f}={v}" for f, v in zip(fields, key)}]
     check(lines, f"--against {args.against}: no line has that among {', '.join(fields)}")
-    head, *body = table(groups, fields, metrics, lines if against else lines[:1])
-    print(markdown(head, body))
+    print(markdown(*table(groups, fields, metrics, lines if against else lines[:1])))
     if diverged := [row["run"] for row in rows if row.get("status", "ok") != "ok"]:
         print(f"\nleft out of the means, as they diverged: {', '.join(diverged)}")
     if across:

@@ -86,7 +86,7 @@ def main(argv=None):
                   f"{100 * sd / total:.1f} %"]
                  for word, mean, sd in zip([*words, "all"], table.mean(0), spread)]
     head = ["kind", "words", "nats a byte", "of the loss", f"deviation of {len(args.runs)}"]
-    print(markdown(head, rows))
+    print(markdown(head, *rows))
 
 
 if __name__ == "__main__":
