@@ -58,16 +58,9 @@ def dollars(cards, seconds):
     return f", {price:,.0f} dollars" if price else ""
 
 
-def mean_positions(loader):
-    """(text, image) positions of a row, the mean of the first 100 rows of training, which have the
-    shares of the mixture exactly."""
-    rows = [loader[g] for g in range(100)]
-    images = sum(int((row.patch >= 0).sum()) for row in rows) / 100
-    return sum(row.used for row in rows) / 100 - images, images
-
-
 def published_positions(run, loader):
-    """The same of the paper's data, without padding, for the run's image size and mixture."""
+    """(text, image) positions of a row of the paper's data, without padding, for the run's image
+    size and mixture."""
     image = 0
     for kind, share in loader.shares.items():
         _, words, images = SAMPLES.get(kind, SAMPLES["caption"])
@@ -82,8 +75,13 @@ def lacks_data(run):
 
 
 def positions(run, loader):
-    """(text, image) positions of a row of this run."""
-    return published_positions(run, loader) if lacks_data(run) else mean_positions(loader)
+    """The same of this run, the mean of its first 100 rows, which have the shares of the mixture
+    exactly."""
+    if lacks_data(run):
+        return published_positions(run, loader)
+    rows = [loader[g] for g in range(100)]
+    images = sum(int((row.patch >= 0).sum()) for row in rows) / 100
+    return sum(row.used for row in rows) / 100 - images, images
 
 
 def plan(run, place, machine):

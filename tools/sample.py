@@ -46,9 +46,8 @@ def read_image(path, size):
     try:
         image = load_image(Path(path).read_bytes(), store_size(size))
     except OSError as error:
-        raise SystemExit(f"cannot read the image {path}: {error.strerror}") from None
-    if isinstance(image, Skip):
-        raise SystemExit(f"cannot read the image {path}: {image}")
+        image = Skip(error.strerror)
+    check(not isinstance(image, Skip), f"cannot read the image {path}: {image}")
     return square(image, size)
 
 

@@ -165,7 +165,6 @@ def main(argv=None):
     add("--patch-size", type=int, default=0, help="0: 1/16 of the image; 1/4 for procedural")
     add("--mixture", help="as for training; kinds of share 0 are left out (default: the "
         "paper's three, or what the folder has)")
-    add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     real = args.data != "procedural"
     size = args.image_size or (read_meta(args.data)["image_size"] if real else 32)
@@ -173,7 +172,7 @@ def main(argv=None):
     context = args.context or (1024 if real else 128)
     shape = ModelConfig(context=context, image_size=size, patch_size=patch)
     cfg = DataConfig(args.data, args.mixture or DataConfig.mixture, val_rows=max(64, args.n))
-    source = (Packed if real else Procedural)(cfg, args.seed, shape)
+    source = (Packed if real else Procedural)(cfg, 0, shape)
     used = list(cfg.shares if args.mixture or not real else source.kinds[args.split])
     check(args.n > 0, f"-n {args.n}: need at least one row")
     kinds = [(used[i % len(used)], i // len(used)) for i in range(args.n)]  # in turn
