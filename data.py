@@ -347,11 +347,13 @@ class Plan:
         stop = start + size - images[doc] * (n_patches - 1) + 1
         pieces = [np.stack([doc, start, stop, size], 1)]
         for i in np.flatnonzero(hard).tolist():
-            is_image = shards.tokens(kind, i) == IMAGE
-            sizes = np.append(1, np.where(is_image, n_patches, 1))
+            ids = shards.tokens(kind, i)
+            sizes = np.append(1, np.where(ids == IMAGE, n_patches, 1))
             first = next_fit(sizes, context)
             start, size = first[:-1], np.add.reduceat(sizes, first[:-1])
-            pieces.append(np.stack([np.full_like(start, i), start, first[1:] + 1, size], 1))
+            piece = np.stack([np.full_like(start, i), start, first[1:] + 1, size], 1)
+            # a gallery's images without a word have no target, and would be a row of padding
+            pieces.append(piece[np.logical_or.reduceat(np.append(ids >= 0, True), start)])
         pieces = np.concatenate(pieces).astype(np.int32)                        # (n, 4)
         self.pieces = pieces[np.lexsort((pieces[:, 1], pieces[:, 0]))]
         self.first = next_fit(self.pieces[:, 3], context)

@@ -206,7 +206,8 @@ def draw_weights(runs, count, seed):
     """Draw trunks, with replacement -> how often each run came, (count, n). Budgets of one size and
     seed share a trunk, and so their errors: drawn one by one they make intervals too narrow (that
     of alpha held the truth in 77 of 100 simulated studies). Of a single seed, each run is drawn."""
-    names = [f"{N} {row.get('seed')}" for N, row in zip(runs.N, runs.table)]
+    names = [f"{N} {[*map(row.get, ('seed', 'fusion', 'moe', 'mixture'))]}"
+             for N, row in zip(runs.N, runs.table)]
     alone = len({*names}) == len({*runs.N})
     trunk = np.unique(range(len(names)) if alone else names, return_inverse=True)[1]
     rng, n = np.random.default_rng(seed), trunk.max() + 1

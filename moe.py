@@ -120,7 +120,7 @@ def load_balancing_loss(load, probs) -> torch.Tensor:
     the next, and what is left is linear in the tokens: so the sum over micro-batches and ranks is
     the loss of the step, however the step is divided. Had each micro-batch its own f, it would have
     to be balanced by itself, and a run on two GPUs would not be the run on one."""
-    return len(load) / load.sum() * (load * probs).sum()
+    return len(load) / load.sum().clamp(min=1) * (load * probs).sum()  # 0 after a step of padding
 
 
 def grouped_mm_is_fast(x, w_down):

@@ -219,7 +219,7 @@ def default_lr(model, preset):
 
 def paper_warmup(steps, moe):
     """Section 4.1: 1000 steps for runs of up to 4000, 2500 up to 15000, else 5000; for MoE 2500
-    up to 20000. Half of the run where that is longer than all of it: ours, for small budgets."""
+    below 20000. Half of the run where that is longer than all of it: ours, for small budgets."""
     limits = ((19999, 2500),) if moe else ((4000, 1000), (15000, 2500))
     warmup = next((warmup for most, warmup in limits if steps <= most), 5000)
     return warmup if warmup <= steps else max(1, steps // 2)
@@ -456,6 +456,8 @@ class Trainer:
         self.forward = distribute(self.model, run.train.shard, machine)
         self.optimizer = make_optimizer(self.model, run.train, machine)  # of what sharding leaves
         self.loader = Loader(run.data, run.train.seed, run.model)
+        for kind in self.loader.val_kinds:  # what cannot be validated must not show after training
+            self.loader.source.val_row(kind, 0)
         data = asdict(run.data) | self.loader.source.known_by
         self.config = {"model": asdict(run.model), "data": data, "train": asdict(run.train),
                        "made": {"code": code_version()}}
@@ -537,6 +539,7 @@ class Trainer:
             write_whole(self.run.folder / name, functools.partial(torch.save, state))
         if self.machine.ranks > 1:  # torchrun would end rank 0 while it writes, were another gone
             dist.barrier()
+        self.clock = time.perf_counter()  # checkpoints do not count as training, either
 
     def restore(self, path):
         """Takes over the state of a checkpoint and the log in it. They may be of another budget,

@@ -126,3 +126,12 @@ def test_a_plan_of_many_long_texts_is_made_without_reading_them():
     shards = types.SimpleNamespace(docs={"text": np.stack([zeros, zeros, lengths, zeros], 1)})
     plan = data.Plan(shards, "text", 128, 4)
     assert plan.pieces[:, 3].sum() == (1 + lengths).sum()
+
+
+def test_a_gallery_without_a_word_gets_no_row():
+    """Nothing would be predicted there, so its row would be padding that counts as training."""
+    ids = np.array([IMAGE] * 4 + [97] * 200, np.int32)
+    shards = types.SimpleNamespace(docs={"interleaved": np.array([[0, 0, len(ids), 4]])},
+                                   tokens=lambda kind, i: ids)
+    plan = data.Plan(shards, "interleaved", 1024, 256)
+    assert plan.pieces.tolist() == [[0, 4, 206, 456]] and plan.n_rows == 1

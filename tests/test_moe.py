@@ -103,6 +103,7 @@ def test_balance_is_one_at_perfect_balance_and_e_at_collapse():
         assert load_balancing_loss(torch.full((8,), slots), torch.full((8,), 1 / 8)).item() == 1
     one = torch.eye(8)[0]
     assert load_balancing_loss(one * 128, one).item() == 8
+    assert load_balancing_loss(0 * one, one).item() == 0  # a step of padding came before
 
 
 def test_balance_of_a_hand_computed_example():

@@ -375,6 +375,12 @@ def test_mistakes_end_in_one_line_before_anything_is_written(tmp_path, flags, na
     assert named in line and not list(tmp_path.iterdir())
 
 
+def test_a_context_that_is_too_short_to_validate_ends_before_training(tmp_path):
+    with pytest.raises(SystemExit, match="--context 64: no interleaved document"):
+        trained(tmp_path, "--context", "64", "--tokens", "2K")
+    assert not [*tmp_path.glob("*/log.jsonl")]
+
+
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x", "utf-8")
     with pytest.raises(SystemExit, match="--out .*file"):
