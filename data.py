@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from world import KINDS, QUESTIONS, Answer, Question, World
 
-PRETRAINING = KINDS[:3]  # the paper's three: its loss is the mean over them (section 1.1)
+PRETRAINING = KINDS[:3]  # the paper's three: its loss is the mean over them (Table 1)
 IMAGE = -1  # stands for one whole image in Document.tokens; a row expands it to P patches
 READ = -2   # READ - id stands for a token that is only read and never predicted (a question)
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -43,8 +43,8 @@ class DataConfig:
 
     data: str = "procedural"  # the embedded world, or a folder that tools.pack wrote
     mixture: str = "45-45-10"  # captions-interleaved-text[-conversations], % of rows (Table 5)
-    augment: bool = False  # RandomResizedCrop of real images (paper, App. A)
-    flip: bool = False  # mirror half of them, except where the text says left or right
+    augment: bool = False  # RandomResizedCrop of real images (App. A; presets have it)
+    flip: bool = False  # mirror half of them (presets, too), not where text says left or right
     val_rows: int = 256  # validation rows for each kind
     workers: int = -1  # processes that prepare batches, 0 = none; -1 = 4 for a folder on CUDA
 
@@ -474,8 +474,8 @@ def square(pixels, size, rng=None):
 
 
 def crop_box(h, w, rng=None):
-    """(top, left, height, width) of the centre square, or with rng of RandomResizedCrop (paper
-    4.2): area 0.4-1, width / height 3/4-4/3 (log-uniform); if ten miss, the centre's largest."""
+    """(top, left, height, width) of the centre square, or with rng of RandomResizedCrop: area
+    0.4-1 (App. A), width / height 3/4-4/3 (torchvision's); if ten miss, the centre's largest."""
     for _ in range(10 if rng else 0):
         area = h * w * rng.uniform(0.4, 1.0)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))

@@ -95,8 +95,8 @@ def ffn_hidden(width, multiple=0):
     return -(-int(8 * width / 3) // multiple) * multiple
 
 
-# The paper's Table 6 (8.13b is from arXiv 2507.09404): an early size and the late one of about the
-# same FLOPs in a line. `lr` is for train.py. MoE uses the early sizes and learning rates.
+# The paper's Table 6 (its 468M is 464M in its figures; 8.13b is from arXiv 2507.09404): an early
+# size and the late one of about the same FLOPs in a line. `lr` is for train.py, MoE is as early.
 PRESETS = {
     name: dict(fusion="late" if vision_width else "early", width=width, vision_width=vision_width,
                lr=lr, depth=24, context=1024, image_size=224, patch_size=14, vocab_size=50432)

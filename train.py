@@ -6,7 +6,7 @@
     python train.py --dry-run --gpus 8xh100x0.4x2.5 --preset 932m --data data/real --tokens 5B
 
 Budgets (--tokens) share one trunk at constant learning rate and branch off it for their cooldowns
-(Haegele et al. 2024; paper, section 4.1). A run that is finished is skipped, one that was
+(Haegele et al. 2024; paper, section 3). A run that is finished is skipped, one that was
 interrupted goes on where it stopped, and a longer budget starts from the trunk of a shorter one.
 --dry-run only says what a run takes on --gpus NUMBERxCARDxMFUxDOLLARS. For many runs: tools.sweep.
 """
@@ -53,7 +53,8 @@ from model import (PRESETS, Block, Model, ModelConfig, adopt, flex_fits, generat
 HOW = ("out", "data", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device",
        "compile", "attention", "experts_by", "shard", "workers", "checkpointing")
 IGNORED = (*HOW, "tokenizer")  # in a config: the path of a tokenizer moves with the data
-SIZES = {**PRESETS, "laptop": dict(tokens_per_step=512, vision_lr=1.0)}
+SIZES = {name: {**size, "augment": True, "flip": True} for name, size in PRESETS.items()} | {
+    "laptop": dict(tokens_per_step=512, vision_lr=1.0)}
 # Published dense bf16 FLOP/s and memory in bytes, to tell MFU and to plan.
 CARDS = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
 source_of = functools.cache(inspect.getsource)  # 50 ms that each job of a sweep would pay
@@ -65,13 +66,13 @@ class TrainConfig:
 
     out: str = "runs/demo"  # folder of the study: results.jsonl and one folder a run
     preset: str = "laptop"  # laptop, or a size of the paper's Table 6: 275m .. 8.13b, late 289m ..
-    init: str = ""  # start from the weights of this run's folder ({seed} = its own) (5.12, 5.13)
-    init_vision: str = ""  # late fusion: start from the encoder of this run (5.12)
+    init: str = ""  # start from the weights of this run's folder ({seed} = its own) (3.3, B.7)
+    init_vision: str = ""  # late fusion: start from the encoder of this run (B.7)
     tokens: str = "3M"  # D, training tokens, as 500K or 2B; several, as 1M,2M, share a trunk
     tokens_per_step: int = 2048 * 1024  # over all ranks, laptop 512; accumulation is derived
     micro_rows: int = 0  # rows at once on a device; 0 = what memory should allow
     lr: float = 0.0  # peak learning rate; 0 = by width: Table 6; laptop .768 / W^1.5, late .096 / W
-    vision_lr: float = 0.01  # late fusion: the encoder's share of it (4.4), laptop 1; 0 = frozen
+    vision_lr: float = 0.01  # late fusion: the encoder's share of it (App. A), laptop 1; 0 = frozen
     warmup: int = 0  # steps; 0 = the paper's 1000 to 5000 by the shortest budget, laptop 64
     cooldown: float = 0.2  # final share of the steps, in which the rate falls to 0
     weight_decay: float = 1e-4  # per step at the peak rate (fully decoupled; paper, App. A)
@@ -218,7 +219,7 @@ def default_lr(model, preset):
 
 
 def paper_warmup(steps, moe):
-    """Section 4.1: 1000 steps for runs of up to 4000, 2500 up to 15000, else 5000; for MoE 2500
+    """App. A: 1000 steps for runs of up to 4000, 2500 up to 15000, else 5000; for MoE 2500
     below 20000. Half of the run where that is longer than all of it: ours, for small budgets."""
     limits = ((19999, 2500),) if moe else ((4000, 1000), (15000, 2500))
     warmup = next((warmup for most, warmup in limits if steps <= most), 5000)
@@ -630,7 +631,7 @@ def distribute(model, shard, machine):
 
 
 def make_optimizer(model, cfg, machine):
-    """AdamW, decay on matrices and embeddings only. "Fully decoupled" (section 4.2): weights
+    """AdamW, decay on matrices and embeddings only. "Fully decoupled" (App. A): weights
     shrink by weight_decay a step at the peak rate, whatever that rate is. torch multiplies its own
     weight_decay by lr, so it is divided out."""
     def group(vision, decay):
@@ -699,7 +700,7 @@ def what_would_fit(run, machine):
 @torch.no_grad()
 def evaluate(trainer):
     """{loss_caption, ..., loss, floor_caption, ...}: text cross-entropy in nats a token over the
-    fixed validation rows of each kind, and the mean over kinds (section 1.1); a share a rank."""
+    fixed validation rows of each kind, and the mean over kinds (Table 1); a share a rank."""
     machine, loader, kinds, result = trainer.machine, trainer.loader, trainer.loader.val_kinds, {}
     names = ("loss", "floor") if loader.source.knows_floor else ("loss",)
     trainer.model.eval()

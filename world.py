@@ -29,7 +29,7 @@ GRID = 4  # a scene is GRID x GRID cells: with S / patch_size = 4, one patch see
 
 
 class Question(str):
-    """A part of a document that is read and never predicted (finetuning, section 7)."""
+    """A part of a document that is read and never predicted (finetuning, section 5)."""
 
 
 class Answer(str):

@@ -157,7 +157,7 @@ def said(capsys, *argv):
 
 
 def test_early_fusion_is_matched_to_late(capsys):
-    """By parameters, by the text model, by FLOPs (section 5.9)."""
+    """By parameters, by the text model, by FLOPs (B.4)."""
     late, = train.parse_runs(["--fusion", "late", "--width", "96"])
     n, N, share = train.Model(late.model).num_params(), {}, 0.27  # of the positions are images
     for rule in ("params", "text", "flops"):

@@ -1,4 +1,4 @@
-"""Trained models answer questions or caption pictures, and are scored (paper, section 7).
+"""Trained models answer questions or caption pictures, and are scored (paper, section 5).
 
     python -m tools.score runs/sft/* --json runs/sft/scores.jsonl
     python -m tools.score runs/sft/RUN --data vqa.json

@@ -44,7 +44,7 @@ LESS, MORE = {"mixture": "81-9-10"}, {"mixture": "9-81-10"}  # interleaved docum
 EXPERTS = EARLY | {"moe": "learned", "n_experts": "8", "top_k": "1", "granularity": "1"}
 FINE = EXPERTS | {"n_experts": "16", "top_k": "2", "granularity": "2"}
 TEXT, NATIVE = EARLY | {"init": ".+"}, EARLY | {"init": ""}  # from a text model, from nothing
-BOTH = FROZEN | {"init": ".+"}  # as the paper found best (4.4)
+BOTH = FROZEN | {"init": ".+"}  # as the paper found best (Table 7)
 MATCHED = EARLY | {"width": ".+"}  # what tools.sizes --match found
 
 # `sign` is that of one minus two in the paper, 0 where they were equal. `across` asks how this
@@ -52,36 +52,40 @@ MATCHED = EARLY | {"width": ".+"}  # what tools.sizes --match found
 Finding = namedtuple("Finding", "section claim study one two sign metric across",
                      defaults=("loss", None))
 FINDINGS = [Finding(*line) for line in (
-    ("5.3", "early is lower than late of equal width", "pairs", EARLY, LATE, -1),
-    ("5.3", "this lead shrinks with width", "pairs", EARLY, LATE, 1, "loss", "width"),
-    ("5.9", "early is lower at equal parameters", "match_params", MATCHED, LATE, -1),
-    ("5.9", "early is lower at equal FLOPs", "match_flops", MATCHED, LATE, -1),
-    ("5.10", "beside one encoder early is lower at equal parameters", "fixed_.+", MATCHED, LATE, -1),
-    ("5.10", "this lead shrinks with size", "fixed_.+", MATCHED, LATE, 1, "loss", "study"),
-    ("5.7", "more captions lower their loss", "shares", LESS, MORE, -1, "loss_caption"),
-    ("5.7", "more interleaved rows lower theirs", "shares", MORE, LESS, -1, "loss_interleaved"),
-    ("5.7", "early's lead grows with interleaved rows", "shares", EARLY, LATE, -1, "loss",
-     "interleaved_share"),
-    ("5.7", "early's lead grows with text", "text_share", EARLY, LATE, -1, "loss", "text_share"),
-    ("5.8", "early is lower at a higher resolution", "resolution", EARLY | {"image_size": "64"},
+    ("3.1", "early is lower than late (here of equal width)", "pairs", EARLY, LATE, -1),
+    ("B.1", "this lead shrinks with width", "pairs", EARLY, LATE, 1, "loss", "width"),
+    ("B.4", "early is lower at equal parameters", "match_params", MATCHED, LATE, -1),
+    ("B.4", "early is lower at equal FLOPs", "match_flops", MATCHED, LATE, -1),
+    ("B.5", "beside one encoder early is lower (here at equal parameters)", "fixed_.+", MATCHED,
+     LATE, -1),
+    ("B.5", "this lead shrinks with size", "fixed_.+", MATCHED, LATE, 1, "loss", "study"),
+    ("B.2", "more captions lower their loss", "shares", LESS, MORE, -1, "loss_caption"),
+    ("B.2", "more interleaved rows lower theirs", "shares", MORE, LESS, -1, "loss_interleaved"),
+    ("B.2", "early's lead on them grows with interleaved rows", "shares", EARLY, LATE, -1,
+     "loss_interleaved", "interleaved_share"),
+    ("B.2", "early's lead on text grows with text", "text_share", EARLY, LATE, -1, "loss_text",
+     "text_share"),
+    ("B.3", "early is lower at a higher resolution", "resolution", EARLY | {"image_size": "64"},
      LATE | {"image_size": "64"}, -1),
-    ("5.8", "captions gain from resolution", "resolution", {"image_size": "64"},
+    ("B.3", "captions gain from resolution", "resolution", {"image_size": "64"},
      {"image_size": "32"}, -1, "loss_caption"),
-    ("5.11", "context leaves early's lead as it is", "context", EARLY, LATE, 0, "loss", "context"),
-    ("5.14", "8 experts are lower than dense", "moe", EXPERTS, EARLY, -1),
-    ("5.15", "this lead grows with tokens", "moe_tokens", EXPERTS, EARLY, -1, "loss", "D"),
-    ("5.16", "learned routing is lower than by modality", "moe", EXPERTS,
+    ("B.6", "context leaves early's lead as it is", "context", EARLY, LATE, 0, "loss", "context"),
+    ("4.1", "8 experts are lower than dense", "moe", EXPERTS, EARLY, -1),
+    ("4.2", "this lead grows with tokens (experts saturate later)", "moe_tokens", EXPERTS,
+     EARLY, -1, "loss", "D"),
+    ("4.3", "learned routing is lower than by modality", "moe", EXPERTS,
      EARLY | {"moe": "modality"}, -1),
     ("Table 13", "top-2 is lower than top-1", "moe", EXPERTS | {"top_k": "2"}, EXPERTS, -1),
     ("Table 13", "8 experts are lower than 4", "moe", EXPERTS, EXPERTS | {"n_experts": "4"}, -1),
     ("Table 13", "16 experts of half the size are higher than 8", "moe", FINE, EXPERTS, 1),
-    ("5.13", "a text model's lead shrinks with tokens", "native", TEXT, NATIVE, 1, "loss", "D"),
-    ("5.12", "both initialised, encoder frozen, late leads on captions", "native", BOTH, TEXT, -1,
+    ("3.3", "a text model's lead shrinks with tokens", "native", TEXT, NATIVE, 1, "loss", "D"),
+    ("B.7", "both initialised, encoder frozen, late leads on captions", "native", BOTH, TEXT, -1,
      "loss_caption"),
-    ("4.4", "from scratch an encoder is best at 0.01 of the rate", "vision_lr", SLOW, FULL, -1),
-    ("4.4", "an initialised encoder is best frozen", "native", FROZEN, FULL, -1),
-    ("7", "early gives more right answers than late", "sft", EARLY, LATE, 1, "accuracy"),
-    ("7", "experts give more right answers than dense", "sft", EXPERTS, EARLY, 1, "accuracy"))]
+    ("Table 8", "from scratch an encoder is better at 0.01 of the rate", "vision_lr", SLOW, FULL,
+     -1),
+    ("Table 7", "an initialised encoder is better frozen", "native", FROZEN, FULL, -1),
+    ("5", "early gives more right answers than late", "sft", EARLY, LATE, 1, "accuracy"),
+    ("5", "experts give more right answers than dense", "sft", EXPERTS, EARLY, 1, "accuracy"))]
 
 
 def chosen(rows, setting, shared, metric):

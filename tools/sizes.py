@@ -6,8 +6,8 @@
     python train.py $(python -m tools.sizes --equal-text --image-size 48 --tokens 1M)
 
 --match prints the flags of the early-fusion model that equals late fusion of the given width (or
-several widths with commas between) or preset (section 5.9). --equal-text prints the context and the
-tokens at which images of a given size come with as much text as at the default size (section 5.8).
+several widths with commas between) or preset (B.4). --equal-text prints the context and the
+tokens at which images of a given size come with as much text as at the default size (B.3).
 Both take the flags of train.py too.
 """
 import bisect
@@ -70,7 +70,7 @@ def positions(run, model):
 def matched_width(run, rule):
     """The width at which early fusion is nearest to late fusion of the run's width: in the
     parameters of decoder and encoder ("params"), in those of the decoder ("text"), or in training
-    FLOPs (paper 1.4: an encoder counts by the share of positions that are images)."""
+    FLOPs (paper C.2: an encoder counts by the share of positions that are images)."""
     def count(fusion, width):
         return on_meta(replace(run.model, fusion=fusion, width=width)).num_params()
 
