@@ -31,7 +31,7 @@ def verdicts(capsys, tmp_path, rows, *flags):
     return found
 
 
-LEAD = "early is lower than late of equal width"
+LEAD = "early is lower than late (here of equal width)"
 
 
 @pytest.mark.parametrize("early, verdict", [
