@@ -86,7 +86,7 @@ def get_tokenizer(name="bytes"):
             raise ValueError("one of the 256 bytes is missing, or a rank is there twice")
         return tiktoken.Encoding(path.stem, pat_str=pattern, mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": max(ranks.values()) + 1})
-    except (OSError, ValueError) as error:  # a failed download is an OSError, too
+    except (OSError, ValueError, OverflowError) as error:  # OSError: a failed download, too
         reason = str(error).partition("\n")[0][:99]
         raise SystemExit(f"tokenizer {name} cannot be used ({reason}): give bytes, a path to a "
                          ".tiktoken file (lines of base64 token, space, rank), or one of "
@@ -424,7 +424,7 @@ class Shards:
               "its folder and pack again")
         return found.view(dtype)
 
-    @lru_cache(maxsize=1024)  # systems bound the number of mappings
+    @lru_cache(maxsize=128)  # each holds one of the 256 to 1024 files that systems allow open
     def map(self, path):
         size = path.stat().st_size if path.is_file() else 0
         return np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
@@ -509,7 +509,7 @@ class Loader:
         there = self.source.kinds["train"]
         missing = [kind for kind in self.shares if kind not in there]
         check(not missing, f"--mixture {cfg.mixture}: {cfg.data} has only {', '.join(there)}; give "
-              f"{' and '.join(missing)} 0")
+              f"{' and '.join(missing)} 0 (it is {'-'.join(KINDS[:3])})")
         # The names under which losses are reported (`loss` is their mean): the paper's three kinds
         # whatever the mixture, with others that it has; but of a mixture for finetuning, which has
         # conversations, these alone.

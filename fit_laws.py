@@ -25,6 +25,11 @@ Other laws and figures: python -m tools.laws_more, python -m tools.figures.
 # Dimensions: n rows (runs), T terms of the law, P coefficients (T intercepts, then slopes),
 # K starts or resamples.
 
+import os
+
+if __name__ == "__main__":  # before numpy comes: over so small arrays threads only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import argparse
 import csv
 import difflib
@@ -193,7 +198,8 @@ def diagnose(runs, problem, theta):
                      "run two token counts")
     elif condition > RIDGE:
         flags.append("the runs lie on a ridge, because N and D grow together or one has only two "
-                     "values; run three sizes, and three token counts at each")
+                     "values, or the loss hardly changes with one; run three sizes, and three "
+                     "token counts at each, further apart")
     for term, names, j in ((0, "A alpha", 3), (1, "B beta", 4), (2, "E", 2)):
         size = 1 if j == 2 else theta[j]  # an error of 0.5 in ln E, or of half an exponent
         gone = share[term].max() < 1e-3 or condition > RIDGE
@@ -392,7 +398,7 @@ def make_runs(rows, name, loss, args, notes):
         kinds = {str(row.get(key)) for row in rows}
         if len(kinds) > 1 and key not in (args.group_by or ""):
             notes.append(f"{name}: one law for {key} {', '.join(sorted(kinds))} (--group-by)")
-    models = {(row["N"], row["D"], row.get("seed", i)) for i, row in enumerate(rows)}
+    models = {(row["N"], row["D"], str(row.get("seed", i))) for i, row in enumerate(rows)}
     if len(models) < len(rows):
         notes.append(f"{name}: {len(rows) - len(models)} runs have the N, D and seed of another "
                      "run, with other flags or other code (--where, --group-by)")

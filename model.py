@@ -157,9 +157,10 @@ def block_mask_maker(compiled):
     return torch.compile(create_block_mask) if compiled else create_block_mask
 
 
-def flex_fits(head_dim, dtype):
-    """FlexAttention knows no smaller heads, and in fp32 (a T4) larger ones find no room."""
-    return head_dim >= 16 and dtype == torch.bfloat16
+def flex_fits(cfg, dtype):
+    """FlexAttention knows no smaller heads, and in fp32 (a T4) larger ones find no room. For rows
+    below 128 it takes another kernel, which before torch 2.13 wants heads of a power of 2."""
+    return cfg.head_dim >= 16 and cfg.context >= 128 and dtype == torch.bfloat16
 
 
 def rope_table(length, head_dim):
@@ -505,7 +506,7 @@ def read_checkpoint(source, take):
         # mmap reads what is used: to size a run from weights, a few kB of many GB. But Windows
         # would not let the run write its next checkpoint over a file that is mapped.
         ckpt = torch.load(path, map_location="cpu", weights_only=True,
-                          mmap=sys.platform != "win32")
+                          mmap=sys.platform != "win32" and str(path).isprintable())
         if "config" in ckpt:
             return take(ckpt)
     except (Exception, SystemExit) as error:  # ModelConfig raises the latter, a foreign file any

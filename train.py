@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -81,7 +82,7 @@ class TrainConfig:
     seed: int = 0  # decides initial weights and data order
     eval_every: int = 0  # steps between validations; 0 = only at the end
     save_every: int = 500  # steps between checkpoints
-    device: str = "auto"  # auto, cpu, cuda, mps
+    device: str = "auto"  # auto = cuda where there is one, else cpu; mps
     compile: str = "auto"  # auto = on CUDA only; on, off
     attention: str = "auto"  # auto = FlexAttention where blocks are compiled on CUDA; dense
     experts_by: str = "auto"  # auto = all in one kernel where torch has a fast one; loop
@@ -316,7 +317,7 @@ class Machine:
         """The device of this name, in the process group of torchrun if there is one."""
         backends = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
         usable = [kind for kind, backend in backends.items() if backend.is_available()]
-        name = usable[0] if name == "auto" else name
+        name = name if name != "auto" else "cuda" if "cuda" in usable else "cpu"
         check(name.split(":")[0] in usable,
               f"--device {name}: torch sees none here; need auto or {' or '.join(usable)}")
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
@@ -450,7 +451,7 @@ class Trainer:
         if self.compiled:
             compile_blocks(self.model)
         self.model.flex = (self.compiled and run.train.attention == "auto"
-                           and flex_fits(run.model.head_dim, machine.dtype))
+                           and flex_fits(run.model, machine.dtype))
         for module in self.model.modules():
             if hasattr(module, "loop"):  # a mixture of experts
                 module.loop = run.train.experts_by == "loop"
@@ -892,7 +893,7 @@ def git_commit():
     command = "git describe --always --dirty --exclude=*".split()
     with contextlib.suppress(OSError):  # no git here
         return subprocess.run(command, cwd=Path(__file__).resolve().parent, text=True,
-                              capture_output=True).stdout.strip()
+                              stdin=subprocess.DEVNULL, capture_output=True).stdout.strip()
 
 
 def summary(row):
@@ -953,14 +954,14 @@ def main(argv):
         return 0
     runs = parse_runs(argv)
     machine = Machine.start(runs[0].train.device)
-    done = finished(runs[0].train.out, tell=machine.rank == 0)
     status = 0
     for run in runs:
-        row = machine.share(result_of(run, done))  # or ranks could disagree
-        if row:
-            machine.say(f"finished before (another --out trains it again): {summary(row)}")
-            continue
         try:
+            done = finished(run.train.out, tell=machine.rank == 0 and run is runs[0])
+            row = machine.share(result_of(run, done))  # or ranks could disagree
+            if row:
+                machine.say(f"finished before (another --out trains it again): {summary(row)}")
+                continue
             with contextlib.nullcontext() if machine.rank else only_process(run.folder, "trains"):
                 status = 0 if train_one(run, machine) else 130
         except torch.OutOfMemoryError:
@@ -969,9 +970,11 @@ def main(argv):
         except OSError as error:
             raise SystemExit(f"{error.filename or run.folder}: {error.strerror or error}; make "
                              "room or mend it, and the same command goes on") from None
+        except Exception:  # a traceback that is kept would keep the loader's workers, for ever
+            raise SystemExit(traceback.format_exc()) from None
         if status:
             break
-    if machine.ranks > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(status)  # a Python that ends would abort where a thread of gloo holds a tensor

@@ -21,8 +21,9 @@ COLOURS = {  # all brighter than the ground: one linear layer can see a shape wh
 VERBS = ("eats", "owns", "digs", "sees")
 COUNTS = ("none", "one", "two", "three")
 ACTS = ("left", "came", "turned", "moved")
-# The order of --mixture; new kinds come last. A new kind must start as a caption or a text does, or
-# with a Question; otherwise its first words would tell the kind, which nobody charges for.
+# The order of --mixture; new kinds come last. A new kind must start with a Question, or start as a
+# caption or a text does and first differ from it in a picture. Otherwise words would tell the kind,
+# which nobody charges for.
 KINDS = ("caption", "interleaved", "text", "conversation")
 QUESTIONS = ("colour", "count", "relation", "compare")  # the kinds of conversation
 GRID = 4  # a scene is GRID x GRID cells: with S / patch_size = 4, one patch sees a whole thing

@@ -431,7 +431,7 @@ def efficiency(bench):
     """Paper, Fig. 4: early and late fusion at equal training FLOPs a token. On a CPU the widths
     match within 3 % and have head dims of 32 or more; on a GPU they are pairs of Table 6."""
     if bench.machine.is_cuda:
-        pairs = [[{"preset": name, "tokens_per_step": 8192} for name in pair]
+        pairs = [[{"preset": name, **GPU_STEP} for name in pair]
                  for pair in (("275m", "289m"), ("464m", "494m"), ("932m", "1b"))]
     else:
         pairs = [({"width": early}, {"fusion": "late", "width": late})

@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import tarfile
 import threading
 import warnings
@@ -238,6 +237,7 @@ LAYOUTS = {
     "text": ("--text", lambda record, *_: [record["text"]], (".txt", *LINES)),
     "conversation": ("--conversations", conversation_parts, (".json", *LINES)),
 }
+OWN_CAPTIONS = "; of a folder of NAME.jpg and NAME.txt: python -m tarfile -c my.tar FOLDER"
 
 
 def read_source(path, kind):
@@ -251,14 +251,15 @@ def read_source(path, kind):
                          else make_parts(record, members, path.parent))
             except KeyError as error:
                 parts = [Skip(f"no field {str(error)[:40]}")]
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError,
-                    OSError) as error:  # OSError: an image beside the file that may not be read
+            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+                    OSError) as error:  # an image with links in a loop, or forbidden
                 parts = [Skip(f"broken record ({type(error).__name__})")]
             yield key, parts, record
     except Exception as error:  # on hostile files the libraries raise nearly every type
         reason = str(error).partition("\n")[0][:80]
         # a reason of its own for each file, because only the first place of a reason is named
-        yield reason, [Skip(f"truncated or damaged file {path.name}")], None
+        again = error if getattr(error, "errno", None) else None  # no permission, no connection
+        yield reason, [Skip(f"truncated or damaged file {path.name}")], again
 
 
 # ---- Images --------------------------------------------------------------------------------------
@@ -333,7 +334,7 @@ def make_document(parts, kind, encoding, store_size):
 def split_of(parts, name, val_share):
     """A hash decides, so that a document is always in the same split, and all questions about one
     picture are in one split."""
-    unit = os.fsencode(name)
+    unit = name.encode("utf-8", "surrogateescape")  # in every locale the same
     if any(isinstance(part, Question) for part in parts):
         unit = next((part for part in parts if isinstance(part, bytes)), unit)
     return "val" if zlib.crc32(unit) / 2**32 < val_share else "train"
@@ -347,7 +348,9 @@ def pack_file(source, kind, folder, tokenizer, made_from):
     warnings.filterwarnings("ignore", module="PIL")  # odd EXIF and the like
     tables, skipped, counts = {}, {}, {}
     with open(tmp / "data", "wb") as file:
-        for key, parts, _ in read_source(source, kind):
+        for key, parts, record in read_source(source, kind):
+            if isinstance(record, OSError):  # which may pass, so this file is never finished
+                made_from = {**made_from, "size": -1}
             document, reasons = make_document(parts, kind, encoding, made_from["store_size"])
             place = key + 1 if isinstance(key, int) else key  # lines as an editor counts them
             for reason in reasons:
@@ -412,7 +415,8 @@ def find_jobs(sources, out, tokenizer, config, val_share):
         made_from = {**config, "path": str(real), "size": stat.st_size, "mtime": stat.st_mtime_ns,
                      "val_share": val_share}
         digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:12]  # two folders may use one name
-        jobs.append((path, kind, out / kind / f"{real.name}-{digest}", tokenizer, made_from))
+        name = real.name if len(os.fsencode(real.name)) < 238 else kind  # systems allow 255 bytes
+        jobs.append((path, kind, out / kind / f"{name}-{digest}", tokenizer, made_from))
     flags = ", ".join(flag for flag, *_ in LAYOUTS.values())
     check(jobs, f"nothing to pack: give files to one or more of {flags}")
     return jobs
@@ -423,12 +427,23 @@ def find_sources(kind, patterns):
     found, endings = {}, LAYOUTS[kind][2]
     for pattern in patterns:
         name = escape(pattern) if os.path.exists(pattern) else pattern
-        paths = glob(name, recursive=True) + glob(os.path.join(name, "**"), recursive=True)
+        paths = itertools.chain(*map(below, glob(name, recursive=True)))
         paths = [path for path in paths if path.endswith(endings) and os.path.isfile(path)]
         check(paths, f"{pattern!r}, seen from {os.getcwd()}, names no {kind} file "
-              f"({' '.join(endings)})")
+              f"({' '.join(endings)})" + OWN_CAPTIONS * (kind == "caption"))
         found.update({os.path.realpath(path): Path(path) for path in paths})
     return [found[real] for real in sorted(found)]
+
+
+def below(path):
+    """This path, and all files below it; a folder once, because links can lead around for ever."""
+    seen = {os.path.realpath(path)}
+    yield path
+    for root, folders, files in os.walk(path, followlinks=True):
+        yield from (os.path.join(root, name) for name in files if name[0] != ".")
+        real = {name: os.path.realpath(os.path.join(root, name)) for name in folders}
+        folders[:] = [name for name in folders if name[0] != "." and real[name] not in seen]
+        seen.update(real.values())
 
 
 def unfinished(jobs, out, config):
@@ -551,8 +566,7 @@ def main(argv=None):
     for kind, (flag, _, endings) in LAYOUTS.items():
         add(flag, dest=kind, nargs="+", default=[], metavar="GLOB",
             help=f"files ({' '.join(endings)}), folders or quoted globs"
-            + "; of a folder of NAME.jpg and NAME.txt: tar --sort=name -cf my.tar -C FOLDER ."
-            * (kind == "caption"))
+            + OWN_CAPTIONS * (kind == "caption"))
     add("--out", required=True, help="folder for the packed data")
     add("--tokenizer", default="bytes", help="bytes (the default), a tiktoken name or a path to a "
         ".tiktoken file")
@@ -562,7 +576,6 @@ def main(argv=None):
         " 0.01)")
     add("--workers", type=int, default=0, help="processes; 0 = one per core")
     args = vars(parser.parse_args(argv))
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     check(0 <= args["val_fraction"] < 1 and args["image_size"] >= 1, "--val-fraction must be in "
           f"[0, 1) and --image-size at least 1, not {args['val_fraction']}, {args['image_size']}")
     pack({kind: args.pop(kind) for kind in LAYOUTS}, **args)

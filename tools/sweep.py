@@ -11,6 +11,7 @@ core, each on one thread, because two threads on one small model are slower than
 thread each. What a run says goes to OUT/logs/RUN.log. All other flags go to train.py. Stop it when
 you like: the same command goes on where it stopped.
 """
+import contextlib
 import itertools
 import json
 import os
@@ -78,7 +79,7 @@ def places(device, jobs, ranks):
         check(len(gpus) >= ranks, f"--ranks {ranks}: this machine has {len(gpus)} GPUs")
         groups = [gpus[i:i + ranks] for i in range(0, len(gpus) - ranks + 1, ranks)]
         return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups][:jobs or None]
-    if device == "mps" or device == "auto" and torch.backends.mps.is_available():
+    if device == "mps":
         check(ranks == 1, f"--ranks {ranks}: MPS has one device")
         return [{}]
     return [{"OMP_NUM_THREADS": "1"}] * (jobs or max(1, usable_cores() // ranks))
@@ -161,7 +162,8 @@ def train_all(jobs, free, ranks, bar, stop):
                 child.asked = True
         rows = train.finished(out)
         for name in [run.name for run in runs if run.name in rows.keys() - told]:
-            tqdm.write(train.summary(rows[name]), file=sys.stdout)
+            with contextlib.suppress(BrokenPipeError):  # a reader that has left, such as head
+                tqdm.write(train.summary(rows[name]), file=sys.stdout)
         told |= rows.keys()
         bar.update(sum(cost(run) * share_done(run) for run in runs) - bar.n)
     return failures
