@@ -54,8 +54,6 @@ class DataConfig:
               and sum(map(int, parts)) == 100,
               f"--mixture {self.mixture}: need whole percentages that add up to 100, "
               f"{'-'.join(KINDS)}, as 45-45-10 or 0-0-0-100")
-        check(self.val_rows >= 1, f"--val-rows {self.val_rows}: need at least 1")
-        check(self.workers >= -1, f"--workers {self.workers}: need at least -1")
 
     @property
     def shares(self):

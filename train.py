@@ -36,6 +36,7 @@ from collections import ChainMap
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -83,19 +84,13 @@ class TrainConfig:
     eval_every: int = 0  # steps between validations; 0 = only at the end
     save_every: int = 500  # steps between checkpoints
     device: str = "auto"  # auto = cuda where there is one, else cpu; mps
-    compile: str = "auto"  # auto = on CUDA only; on, off
-    attention: str = "auto"  # auto = FlexAttention where blocks are compiled on CUDA; dense
-    experts_by: str = "auto"  # auto = all in one kernel where torch has a fast one; loop
+    compile: Literal["auto", "on", "off"] = "auto"  # auto = on CUDA only
+    attention: Literal["auto", "dense"] = "auto"  # auto = FlexAttention where blocks are compiled
+    experts_by: Literal["auto", "loop"] = "auto"  # auto = one kernel where torch has a fast one
     shard: bool = False  # FSDP2: weights and optimizer divided over the ranks, for large models
 
     def __post_init__(self):
         check(self.preset in SIZES, f"--preset {self.preset}: need one of {', '.join(SIZES)}")
-        words = {"compile": "auto on off", "attention": "auto dense", "experts_by": "auto loop"}
-        for name, value in vars(self).items():
-            flag, known = f"--{name.replace('_', '-')} {value}", words.get(name)
-            least = 1 if name in ("tokens_per_step", "save_every") else 0
-            check(isinstance(value, str) or value >= least, f"{flag} is below {least}")
-            check(not known or value in known.split(), f"{flag}: need one of {known}")
         check(self.cooldown <= 1, f"--cooldown {self.cooldown} is not a share between 0 and 1")
 
     def sources(self):
@@ -181,8 +176,14 @@ def make_run(values, given):
 
 
 def config_of(kind, values):
-    """A config of this kind from those of the values that are its fields."""
-    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+    """A config of this kind from those of the values that are its fields. Counts that have a
+    default of 1 or more are at least 1, other numbers 0, and --workers -1."""
+    found = {field: values[field.name] for field in fields(kind) if field.name in values}
+    for field, value in found.items():
+        least = min(field.default, 1) if isinstance(field.default, int) else 0
+        check(isinstance(value, str) or value >= least,
+              f"--{field.name.replace('_', '-')} {value} is below {least}")
+    return kind(**{field.name: value for field, value in found.items()})
 
 
 def sizes_of_weights(asked, given):
@@ -282,8 +283,10 @@ def add_flags(parser, config):
         if field.name != "vocab_size":  # it follows from the data
             check(field.name in comments, f"{field.name}: its help must follow, after two spaces")
             text = comments[field.name].replace("%", "%%") + f" (default: {field.default})"
+            words = get_args(field.type) or None  # of a Literal
             group.add_argument(f"--{field.name.replace('_', '-')}", help=text,
-                               default=argparse.SUPPRESS, **how.get(kind, {"type": kind}))
+                               default=argparse.SUPPRESS,
+                               **how.get(kind, {"type": kind, "choices": words}))
 
 
 def whole_number(text):

@@ -368,6 +368,9 @@ def test_flags_that_contradict_the_weights_are_refused(tmp_path):
     *((f"--mixture {mixture}", f"--mixture {mixture}")
       for mixture in ("45-45", "50-50-50", "a-b-c", "45-45-10-1", "10" + 9 * "-10")),
     ("--seed 1.5", "--seed"), ("--compile yes", "--compile"), ("--granularity 2", "granularity"),
+    ("--granularity 0", "below 1"), ("--depth 0", "--depth 0"), ("--heads -1", "--heads -1"),
+    ("--fusion middle", "early"), ("--val-rows 0", "below 1"), ("--workers -2", "below -1"),
+    ("--patch-size 0", "below 1"), ("--lr nan", "--lr nan is below 0"), ("--moe x", "modality"),
     *((f"--tokens {count}", "--tokens") for count in ("5Q", "0", "-1", "2,5B", "1e999", "nan")),
     ("--init no/such/run", "no/such/run"), ("--init-vision no/such/run", "--fusion late")])
 def test_mistakes_end_in_one_line_before_anything_is_written(tmp_path, flags, named):
