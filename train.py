@@ -448,16 +448,14 @@ class Trainer:
         if not run.train.shard:  # which moves one block after the other
             self.model.to(machine.device)
         self.model.dtype = machine.dtype
-        self.flops = self.model.flops(1), self.model.flops(0, 1)  # of a token, more of a patch
         # auto: on a CPU, compiling gains 1 to 4 % of a step for 45 s (results/speed.md)
         self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
         if self.compiled:
             compile_blocks(self.model)
         self.model.flex = (self.compiled and run.train.attention == "auto"
                            and flex_fits(run.model, machine.dtype))
-        for module in self.model.modules():
-            if hasattr(module, "loop"):  # a mixture of experts
-                module.loop = run.train.experts_by == "loop"
+        for block in self.model.blocks:
+            block.ffn.loop = run.train.experts_by == "loop"  # of a mixture of experts
         self.forward = distribute(self.model, run.train.shard, machine)
         self.optimizer = make_optimizer(self.model, run.train, machine)  # of what sharding leaves
         self.loader = Loader(run.data, run.train.seed, run.model)
@@ -526,7 +524,7 @@ class Trainer:
         found = {"wall_s": round(stats["spent"], 3), "tok_per_s": round(rate, 1),
                  "padding": round(stats["padding"] / seen, 4)}
         if self.machine.peak:
-            flops = (self.flops[0] + self.flops[1] * stats["D_vision"] / seen) * rate
+            flops = self.model.flops(seen, stats["D_vision"]) / seen * rate
             found["mfu"] = round(flops / self.machine.ranks / self.machine.peak, 4)
         return found
 
@@ -691,14 +689,13 @@ def rows_that_fit(model, machine, shard):
 def what_would_fit(run, machine):
     """Advice for a model that is too large: flags, then more GPUs, with which it would fit."""
     saving = replace(run.model, checkpointing=True)
-    ways = {"--checkpointing": (saving, machine, run.train.shard)}
-    for ranks in (machine.ranks, 8, 64):
-        many = replace(machine, ranks=ranks)
-        if ranks > 1:
-            ways |= {f"--shard on {ranks} GPUs": (run.model, many, True),
-                     f"--shard --checkpointing on {ranks} GPUs": (saving, many, True)}
-    fit = [way for way, settings in ways.items() if rows_that_fit(*settings) >= 1]
-    return f"it would with {fit[0]}" if fit else "take a smaller --preset"
+    if rows_that_fit(saving, machine, run.train.shard) >= 1:
+        return "it would with --checkpointing"
+    for ranks, model in itertools.product((machine.ranks, 8, 64), (run.model, saving)):
+        if ranks > 1 and rows_that_fit(model, replace(machine, ranks=ranks), True) >= 1:
+            more = " --checkpointing" * (model is saving)
+            return f"it would with --shard{more} on {ranks} GPUs"
+    return "take a smaller --preset"
 
 
 @torch.no_grad()
