@@ -172,7 +172,7 @@ def screen(problem, starts, count=12):
 def fit_law(runs, delta=DELTA):
     """Runs -> coef (5,), objective (the sum of Huber losses) and the doubts of `diagnose`."""
     n = len(runs.N)
-    check(n >= 6, f"{runs.name}: {n} usable rows, but a law needs at least 6; add sizes or tokens")
+    check(n >= 6, f"{runs.name}: {n} usable rows, but a law needs 6; add sizes or tokens")
     check(np.ptp(np.log(runs.N)) > 0.01, f"{runs.name}: all N are equal; run two sizes or more")
     check(np.ptp(runs.L) > 0, f"{runs.name}: all losses are equal; is --loss the right column?")
     problem = build_problem(runs, delta)
@@ -315,7 +315,7 @@ def read_rows(path):
         table = csv.DictReader(lines, delimiter=comma, restkey="status")
         rows = list(map(json_row, lines) if kind == ".jsonl" else table)
     except (OSError, ValueError, csv.Error) as error:
-        check(False, f"{path}: not a table in UTF-8 that can be read ({error})")
+        check(False, f"{path}: no readable table in UTF-8 ({error})")
     for row in rows:
         for key in sorted(row, key=len, reverse=True):  # "tokens" rather than "d", a width
             row.setdefault(ALIASES.get(key.strip().lower(), key.strip()), row[key])
@@ -390,7 +390,7 @@ def make_runs(rows, name, loss, args, notes):
         column(rows, key)
         good = np.isfinite(positive(rows, key))
         rows = keep(rows, good, f"{key} is not a positive number in {name}", notes)
-    check(rows, f"{name}: no row is left to fit; correct these columns")
+    check(rows, f"{name}: no row is left; correct these columns")
     N, D, L = (positive(rows, key) for key in ("N", "D", loss))
     Nv, Dv = positive(rows, "N_vision"), positive(rows, "D_vision")
     floor = positive(rows, "floor" + loss.removeprefix("loss")).mean()
@@ -400,8 +400,8 @@ def make_runs(rows, name, loss, args, notes):
             notes.append(f"{name}: one law for {key} {', '.join(sorted(kinds))} (--group-by)")
     models = {(row["N"], row["D"], str(row.get("seed", i))) for i, row in enumerate(rows)}
     if len(models) < len(rows):
-        notes.append(f"{name}: {len(rows) - len(models)} runs have the N, D and seed of another "
-                     "run, with other flags or other code (--where, --group-by)")
+        notes.append(f"{name}: {len(rows) - len(models)} runs have the N, D and seed of another, "
+                     "by other flags or code (--where, --group-by)")
     C, vision = 6 * (np.nan_to_num(Nv * Dv) + N * D), (0, 0, 1)
     if np.isfinite(Nv * Dv).all() and np.ptp(N) > 0:
         q, p = np.polyfit(np.log(N), np.log(Nv), 1)
@@ -514,14 +514,14 @@ def print_group(g):
               f"{10 ** g['b']:.1f} times the tokens")
     unsure = "?" * ("a" in g["not_identified"])
     if unsure:
-        advice = "these runs do not determine how to spend more compute"
+        advice = "these runs do not say how to spend more compute"
     floor = f"; the true floor of the loss is {g['floor']:.4f}" if g["floor"] > 0 else ""
     print(f"\n{g['name']}: {advice}{floor}")
     for b in g["budgets"]:
         print("  at C = {C:.3g}: N {N:.3g}{0}, D {D:.3g}{0}, loss {loss:.4f}".format(unsure, **b),
               span(b["ci"]["loss"], ".4f") + ", outside the range" * b["extrapolates"])
     if g["holdout"]:
-        print("  {n} runs held out: error {mae_pct:.2f} % of the loss in the mean, "
+        print("  {n} runs held out: mean error {mae_pct:.2f} % of the loss, "
               "{bias_pct:+.2f} % with its sign".format(**g["holdout"]))
     print("  A {A:.5g}, B {B:.5g}, R2 of ln L {r2:.5f}, MSE {mse:.2e}, sum of Huber losses "
           "{objective:.4g}, condition {condition:.2g}".format(**g))

@@ -24,8 +24,8 @@ from moe import MoE
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that decides the parameters. 0 = choose for me, by rules of ours."""
-    fusion: Literal["early", "late"] = "early"  # early: raw patches, no encoder; late: a ViT before the decoder
-    moe: Literal["none", "learned", "modality"] = "none"  # by a router, or a text and an image expert
+    fusion: Literal["early", "late"] = "early"  # raw patches, or first through a ViT
+    moe: Literal["none", "learned", "modality"] = "none"  # experts, by a router or by kind
     experts: int = 8  # experts of a learned MoE layer
     top_k: int = 1  # experts a token goes to
     granularity: int = 1  # learned MoE: each expert's hidden size is the dense one divided by this
@@ -61,12 +61,12 @@ class ModelConfig:
         check(self.hidden % self.granularity == 0,
               f"--granularity {self.granularity} does not divide ffn hidden {self.hidden}")
         check(self.context >= self.n_patches + 2,
-              f"--context {self.context} does not hold BOS, an image and one text token: "
+              f"--context {self.context} does not hold BOS, an image and text: "
               f"use at least {self.n_patches + 2}")
         for name, width, heads in (("--width", self.width, self.heads),
                                    ("--vision-width", self.encoder_width, 0)):
             check(split_heads(width, heads), f"{name} {width} does not split into "
-                  f"{heads or 'two or more'} heads of an even size: use a multiple of 8")
+                  f"{heads or 'two or more'} heads of even size: use a multiple of 8")
 
 
 def split_heads(width, heads=0):
@@ -503,8 +503,8 @@ def read_checkpoint(source, take):
     except (Exception, SystemExit) as error:  # ModelConfig raises the latter, a foreign file any
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise SystemExit(f"{path} is not a checkpoint of this code ({reason}): "
-                         "train again, in another --out or without this file") from None
-    raise SystemExit(f"{path} is not a checkpoint of train.py. If it is of open_lm or DCLM: "
+                         "train again without it, or in another --out") from None
+    raise SystemExit(f"{path} is not a checkpoint of train.py. If of open_lm or DCLM: "
                      f"python -m tools.convert {path} --out FILE.pt")
 
 
@@ -521,7 +521,7 @@ def adopt(model, weights, part, source):
         remedy = ("give the --width, --depth, --moe, --patch-size, --vision-width and "
                   "--vision-depth of that run")
         if name == "embedding.weight" and need[0] != have[0]:
-            remedy = "pack the data with the tokenizer of these weights"
+            remedy = "pack the data with the tokenizer of that run"
         if need != have:
             raise SystemExit(f"{source}: {name} is {have} there, {need} in this model: {remedy}")
     model.load_state_dict({name: weights[name] for name in ours}, strict=False)
