@@ -16,7 +16,7 @@ import torch
 
 from data import check
 from model import ModelConfig, ffn_hidden, on_meta
-from train import Parser, write_whole
+from train import Parser, config_of, write_whole
 
 # open_lm's modules -> ours. Where there are several, its matrix holds them one after another.
 OPEN_LM = {"tok_embeddings": "embedding", "in_proj": "q k v", "out_proj": "out",
@@ -83,7 +83,7 @@ def main(argv=None):
     except (Exception, SystemExit) as error:  # a file of another format can raise nearly anything
         reason = " ".join(str(error).split())[:120]
         raise SystemExit(f"{args.source} cannot be read as weights of open_lm: {reason}") from None
-    missing = on_meta(ModelConfig(**fields)).state_dict().keys() - weights.keys()
+    missing = on_meta(config_of(ModelConfig, fields)).state_dict().keys() - weights.keys()
     missing = sorted(name for name in missing if not name.startswith("vision."))
     check(not missing, f"{args.source} has nothing for {', '.join(missing[:2])}: only models of "
           "open_lm with QK-norm and untied weights convert")

@@ -18,7 +18,7 @@ import torch
 from data import DataConfig, Packed, Procedural, check, collate, read_meta
 from model import ModelConfig, attention_mask
 from tools import need, save
-from train import Parser
+from train import Parser, config_of
 
 WIDTH = 118  # of a page, in letters
 INK = {"target": "#0b3d91", "context": "#999999", "nats": "#b34700"}
@@ -170,7 +170,7 @@ def main(argv=None):
     size = args.image_size or (read_meta(args.data)["image_size"] if real else 32)
     patch = args.patch_size or max(1, size // (16 if real else 4))
     context = args.context or (1024 if real else 128)
-    shape = ModelConfig(context=context, image_size=size, patch_size=patch)
+    shape = config_of(ModelConfig, dict(context=context, image_size=size, patch_size=patch))
     cfg = DataConfig(args.data, args.mixture or DataConfig.mixture, val_rows=max(64, args.n))
     source = (Packed if real else Procedural)(cfg, 0, shape)
     used = list(cfg.shares if args.mixture or not real else source.kinds[args.split])
