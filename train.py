@@ -28,7 +28,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import warnings
 import zipfile
 import zlib
@@ -362,19 +361,11 @@ class Machine:
             print(text, flush=True)  # otherwise a pipe would hold it back
 
 
-def make_folder(out):
-    """Makes the folder of a study, or ends in one line, before anything is trained."""
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--out {out}: {error.strerror}; choose another folder") from None
-
-
 @contextlib.contextmanager
 def only_process(folder, task):
     """Makes this folder, and keeps others out of it until the process leaves or ends, however that
     happens. SystemExit, one line, where another is in it."""
-    make_folder(folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "w", encoding="utf-8") as file:
         # Windows has no such module, and some disks of clusters have no locks
         with contextlib.suppress(ImportError, OSError):
@@ -969,9 +960,11 @@ def main(argv):
                              "--micro-rows, which accumulates more") from None
         except OSError as error:
             raise SystemExit(f"{error.filename or run.folder}: {error.strerror or error}; make "
-                             "room or mend it, and the same command goes on") from None
-        except Exception:  # a traceback that is kept would keep the loader's workers, for ever
-            raise SystemExit(traceback.format_exc()) from None
+                             "room or mend it, and the same command goes on; or choose another "
+                             "--out") from None
+        except Exception:  # what a traceback keeps would keep the loader's workers, for ever
+            sys.excepthook(*sys.exc_info())
+            raise SystemExit(1) from None
         if status:
             break
     if dist.is_initialized():

@@ -386,7 +386,7 @@ def test_a_context_that_is_too_short_to_validate_ends_before_training(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x", "utf-8")
-    with pytest.raises(SystemExit, match="--out .*file"):
+    with pytest.raises(SystemExit, match="file.*--out"):
         trained(tmp_path / "file", "--tokens", "2K")
     assert (tmp_path / "file").read_text("utf-8") == "x"
 

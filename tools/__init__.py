@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import warnings
+from pathlib import Path
 
 
 def need(module, package):
@@ -13,6 +14,14 @@ def need(module, package):
         return __import__(module, fromlist=["_"])
     except ImportError:
         raise SystemExit(f"this needs the package {package}: pip install {package}") from None
+
+
+def make_folder(out):
+    """Makes a folder to write into, or ends in one line."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {out}: {error.strerror}; choose another folder") from None
 
 
 def end_with_the_pipe():

@@ -13,9 +13,8 @@ The other flags choose rows and groups as in fit_laws.py; see python fit_laws.py
 import numpy as np
 
 from fit_laws import RIDGE, check, gather, optimum, parse_args, predict
-from tools import human, need, panels, save, style
+from tools import human, make_folder, need, panels, save, style
 from tools.laws_more import isoflop_budgets, isoflop_minima
-from train import make_folder
 
 
 def plain_ticks(axis, values=()):

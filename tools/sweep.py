@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import train
 from data import check
-from tools import plan, split_launcher, usable_cores
+from tools import make_folder, plan, split_launcher, usable_cores
 
 
 def parse_grid(words):
@@ -213,7 +213,7 @@ def main(argv=None):
     check(args.dry_run or not args.gpus, "--gpus: only --dry-run plans for GPUs")
     if args.dry_run:
         return tell(jobs, args)
-    train.make_folder(runs[0].train.out)
+    make_folder(runs[0].train.out)
     free = places(runs[0].train.device, args.jobs, args.ranks)
     done = train.finished(runs[0].train.out)
     ended = {run.name for run in runs if train.result_of(run, done)}
