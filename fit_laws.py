@@ -172,7 +172,7 @@ def screen(problem, starts, count=12):
 def fit_law(runs, delta=DELTA):
     """Runs -> coef (5,), objective (the sum of Huber losses) and the doubts of `diagnose`."""
     n = len(runs.N)
-    check(n >= 6, f"{runs.name}: {n} usable rows, but a law needs 6; add sizes or tokens")
+    check(n >= 6, f"{runs.name}: {n} usable rows, but a law needs at least 6; add runs")
     check(np.ptp(np.log(runs.N)) > 0.01, f"{runs.name}: all N are equal; run two sizes or more")
     check(np.ptp(runs.L) > 0, f"{runs.name}: all losses are equal; is --loss the right column?")
     problem = build_problem(runs, delta)

