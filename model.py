@@ -25,7 +25,7 @@ from moe import MoE
 class ModelConfig:
     """Everything that decides the parameters. 0 = choose for me, by rules of ours."""
     fusion: Literal["early", "late"] = "early"  # raw patches, or first through a ViT
-    moe: Literal["none", "learned", "modality"] = "none"  # experts, chosen by a router or by modality
+    moe: Literal["none", "learned", "modality"] = "none"  # experts, by a router or by kind of token
     experts: int = 8  # experts of a learned MoE layer
     top_k: int = 1  # experts a token goes to
     granularity: int = 1  # learned MoE: each expert's hidden size is the dense one divided by this

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tarfile
 import threading
 import warnings
@@ -576,6 +577,8 @@ def main(argv=None):
         " 0.01)")
     add("--workers", type=int, default=0, help="processes; 0 = one per core")
     args = vars(parser.parse_args(argv))
+    if sys.stdout:  # or it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     check(0 <= args["val_fraction"] < 1 and args["image_size"] >= 1, "--val-fraction must be in "
           f"[0, 1) and --image-size at least 1, not {args['val_fraction']}, {args['image_size']}")
     pack({kind: args.pop(kind) for kind in LAYOUTS}, **args)
