@@ -83,6 +83,12 @@ def test_validation_rows_hold_whole_documents_and_an_exact_floor():
             assert (row.target >= 0).sum() == sum((d.tokens >= 0).sum() + 1 for d in documents)
 
 
+def test_epochs_count_how_often_data_are_read():
+    loader, n_rows = make_loader(mixture="90-0-10"), {"caption": 90, "text": 5}
+    loader.source = types.SimpleNamespace(n_rows=lambda kind, split: n_rows[kind])
+    assert loader.epochs(200) == {"caption": 2, "text": 4}
+
+
 def test_a_new_kind_changes_nothing_for_mixtures_without_it(monkeypatch):
     def measure():
         loaders = [make_loader(mixture=m, val_rows=1) for m in ("45-45-10", "10-0-0-90")]

@@ -69,15 +69,6 @@ def test_a_checkpoint_with_a_flipped_bit_or_of_another_config_is_refused(tmp_pat
     assert "another width" in one_line(SystemExit, start, tmp_path)
 
 
-def test_a_damaged_log_is_mended_from_the_checkpoint(tmp_path):
-    path = start(tmp_path) / "log.jsonl"
-    whole = path.read_bytes()
-    path.write_bytes(b"\xff\n" + whole[300:])
-    (tmp_path / "results.jsonl").unlink()
-    start(tmp_path)
-    assert path.read_bytes() == whole
-
-
 def test_lines_that_are_no_results_do_not_stop_a_study_or_its_tools(tmp_path, capsys):
     folder, broken = start(tmp_path, "--eval-every", "5"), b'{"step": 10, "val_loss": \xff'
     for path, first in ((tmp_path / "results.jsonl", b'{}\n123\n{"run": "x"}\n\xff\xfe\n'),

@@ -191,6 +191,7 @@ def test_a_loss_of_another_name_is_no_floor(tmp_path, capsys):
     group, = run(write_rows(tmp_path / "t.jsonl", rows), "--loss", "bpb", "--bootstrap",
                  0)["groups"]
     assert np.isnan(group["floor"]) and "true floor" not in capsys.readouterr().out
+    assert (runs.unit, replace(runs, floor=0.9).unit) == ("nats a token", "nats a byte")
 
 
 def test_what_one_law_should_not_take_for_one_model_is_noted(tmp_path, capsys):
@@ -252,6 +253,8 @@ def test_envelope_recovers_a_power_law():
     both = fl.envelope(np.r_[C, C], np.r_[1.3 * L, L], 3e19)  # runs above the frontier
     assert both == pytest.approx(-0.049, rel=1e-9)
     assert np.isnan(fl.envelope(C, L, 1e23))
+    C, L = np.array([1.0, 10, 100]), np.array([1, 10**-0.1, 10**-0.15])
+    assert fl.envelope(C, L, 1) == pytest.approx(-0.0619, abs=1e-4)  # steps of C, not of its log
 
 
 def test_results_folder_end_to_end(tmp_path, capsys):
@@ -272,10 +275,26 @@ def test_results_folder_end_to_end(tmp_path, capsys):
     assert (folder / "laws.png").stat().st_size > 20_000
 
 
+def test_what_a_study_derives_from_its_rows(tmp_path):
+    """Where its frontier begins, which budgets lie beyond its runs, its encoder, the largest budget
+    that two groups share, and resamples of its own."""
+    folder, C = write_results(tmp_path / "demo"), [6 * 50_000 * 1e6, 6 * 800_000 * 8e6]
+    early, _ = run(folder, "--bootstrap", 0, "--budget", "1e11,1e13,1e15")["groups"]
+    assert early["cut"] == pytest.approx(C[0] ** 0.75 * C[1] ** 0.25)
+    assert [budget["extrapolates"] for budget in early["budgets"]] == [True, False, True]
+    gaps = run(folder, "--bootstrap", 2, "--compare", "early", "late")["compare"]
+    assert f"loss at {C[1]:.6g}" in gaps
+    _, (early, late) = fl.gather(fl.parse_args([str(folder), "--bootstrap", "5"]))
+    assert late.runs.vision == pytest.approx((0.544, np.log(0.5), 0.97), abs=2e-3)
+    assert not np.array_equal(early.weight, late.weight)
+
+
 def test_errors_are_in_per_cent_and_intervals_hold_95_of_them():
     runs = planted(EARLY)
     errors = fl.quality(EARLY, replace(runs, L=runs.L / 1.02))  # predicted 2 % too high
     assert errors["bias_pct"] == pytest.approx(2) == errors["mae_pct"]
+    assert errors["mse"] == pytest.approx(np.mean((0.02 * runs.L / 1.02) ** 2))
+    assert errors["r2"] == pytest.approx(1 - np.log(1.02) ** 2 / np.log(runs.L).var())
     assert fl.interval(np.array([*range(1001), np.nan])) == [25, 975]
 
 

@@ -1,5 +1,6 @@
 """python -m pytest tests/test_moe.py   (about 5 seconds)"""
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -81,6 +82,15 @@ def test_a_compiled_layer_is_one_graph(monkeypatch):
     assert all_close(plain, fast, atol=2e-2)
 
 
+@pytest.mark.parametrize("major, dtype, width, fast", [
+    (9, torch.bfloat16, 16, True), (10, torch.bfloat16, 16, False), (8, torch.bfloat16, 16, False),
+    (9, torch.float32, 16, False), (9, torch.bfloat16, 20, False)])
+def test_the_grouped_kernel_is_for_hopper_in_bf16(monkeypatch, major, dtype, width, fast):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Mock(major=major))
+    x = Mock(is_cuda=True, dtype=dtype)
+    assert moe_module.grouped_mm_is_fast(x, torch.empty(2, width, 32)) == fast
+
+
 def test_experts_start_as_the_dense_layer_does():
     torch.manual_seed(0)
     m, dense = MoE(128, 256, 3, 8), SwiGLU(128, 256, 3)
@@ -94,6 +104,7 @@ def test_router_is_fp32_among_bf16():
     m, (x, _) = layer(), tokens()
     probs = route(x.bfloat16().flatten(0, 1), m.router, 1)[2]
     y, stats = m(x.bfloat16(), torch.zeros(2, 24))
+    assert torch.equal(probs, route(x.bfloat16().float().flatten(0, 1), m.router, 1)[2])
     assert probs.dtype == stats.balance.dtype == torch.float32
     assert y.dtype == torch.bfloat16 and y.isfinite().all() and stats.counts.sum() == 48
 

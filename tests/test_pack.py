@@ -23,7 +23,8 @@ from PIL import Image, ImageFile
 
 import data
 import tools.pack
-from data import IMAGE, READ, DataConfig, Loader, Shards, crop_box, get_tokenizer
+from data import (IMAGE, READ, DataConfig, Loader, Packed, Shards, crop_box, get_tokenizer,
+                  square)
 from helpers import ROOT, one_line, write_lines
 from model import ModelConfig
 from test_data import digest
@@ -452,6 +453,12 @@ def test_exif_turns_and_long_sides_are_cropped():
     assert load_image(picture(size=(2000, 1500), fmt="JPEG"), 64).shape == (64, 85, 3)
 
 
+def test_images_are_reduced_by_means():
+    noise = np.random.default_rng(0).integers(256, size=(48, 48, 3), dtype=np.uint8)
+    small = square(noise, 16), load_image(saved(Image.fromarray(noise)), 16)
+    assert max(image.std() for image in small) < 40 < noise.std()
+
+
 def test_a_picture_that_is_too_large_is_never_decoded(monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # decoding it would end in an error
     assert load_image(picture(), 64) == "corrupt image"
@@ -468,13 +475,26 @@ def test_crops_come_from_rng_alone(shared):
     assert crops(1, augment=True) == crops(1, augment=True) != crops(2, augment=True)
     assert crops(1) == crops(2)  # the centre crop draws nothing
     rng = np.random.default_rng(0)
-    for h, w in ((64, 64), (64, 128)):
-        top, left, box_h, box_w = np.transpose([crop_box(h, w, rng) for _ in range(400)])
+    for h, w in ((64, 128), (64, 64)):
+        top, left, box_h, box_w = np.transpose([crop_box(h, w, rng) for _ in range(4000)])
         assert min(top) == min(left) == 0 and max(top + box_h) == h and max(left + box_w) == w
         area, ratio = box_h * box_w / h / w, box_w / box_h
         assert 0.39 < min(area) and max(area) <= 1.02 and 0.7 < min(ratio) and max(ratio) < 1.4
+    assert abs(np.log(ratio).mean()) < 0.01  # of the square: as often wide as high
     assert crop_box(100, 10, rng) == (43, 0, 13, 10)  # none fits: as torchvision, the centre, 3:4
     assert crop_box(256, 1024, rng) == (0, 341, 256, 341) != crop_box(256, 1024)  # and 4:3
+
+
+def test_crops_differ_with_the_seed_and_the_epoch(tmp_path):
+    """Of one picture, which is a row: the n-th is of epoch n."""
+    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        tar = write_tar(tmp_path / f"{split}.tar", [
+            ("0.png", saved(Image.fromarray(noise))), ("0.txt", "noise")])
+        pack_one(tmp_path, "caption", tar, image_size=32, split=split)
+    cfg = DataConfig(str(tmp_path / "out"), "100-0-0", augment=True)
+    assert 3 == len({Packed(cfg, seed, ModelConfig()).row("caption", n).images[0].tobytes()
+                     for seed, n in ((0, 0), (0, 1), (1, 0))})
 
 
 def test_flip_never_where_the_text_says_left_or_right(tmp_path):

@@ -184,6 +184,8 @@ def test_every_resolution_reads_the_same_text(capsys):
 
 
 def test_the_table_of_sizes_has_the_papers_and_their_experts(capsys):
-    lines = said(capsys).splitlines()
+    lines = said(capsys, "--budget", "1e21").splitlines()
     assert sum(line.startswith(("275m", "8.13b")) for line in lines) == 4
     assert len(lines) == 1 + 13 + 7 + 3
+    tokens = 1e21 / (6 * 274_841_600)  # of 275m, early: 6 N FLOPs each
+    assert float(lines[1].split()[-1]) == pytest.approx(tokens / 1e9, abs=0.05)

@@ -1,5 +1,6 @@
 """The tools that read runs: table, curves and score."""
 import json
+import random
 import re
 import sys
 from datetime import timedelta
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 
 import train
-from data import encode, expand, get_tokenizer
+from data import DataConfig, Procedural, encode, expand, get_tokenizer, patchify
 from helpers import ROOT, one_line, python, tiny, write_lines, write_rows
-from model import on_meta, training_memory
+from model import ModelConfig, on_meta, training_memory
 from test_pack import llava, picture
 from tools import board, curves, plan, score, sizes, sweep, table
 from tools.pack import pack
@@ -276,6 +277,18 @@ def test_a_caption_is_the_answer_to_its_picture():
     assert references == ["a cat."]
 
 
+def test_held_out_captions_keep_their_pictures():
+    """Several to a row, each with its own."""
+    cfg, rng = ModelConfig(context=256), random.Random("val/caption")
+    source = Procedural(DataConfig(), 0, cfg)
+    found = score.held_out(SimpleNamespace(cfg=cfg), {"mixture": "100-0-0", "tokenizer": "bytes"},
+                           "procedural", 4)
+    for _, (_, image), (truth,) in score.exchanges(found, cfg, ENCODING):
+        document = source.document("caption", rng, "val")
+        assert np.array_equal(image, patchify(document.images[0], cfg.patch_size))
+        assert truth == ENCODING.decode(document.tokens[1:].tolist()).strip()
+
+
 def test_held_out_questions_come_from_all_over_a_packed_set(tmp_path):
     """Not from its beginning, which is the first file, and never the rest of one that was cut."""
     for name in ("a", "b"):
@@ -315,6 +328,8 @@ def test_scores_of_a_model_that_knows_the_answers(sft_run, tmp_path, monkeypatch
     assert result["run"] == sft_run.name and result["width"] == 16  # the run's own row is in it
     assert result["study"] == sft_run.parent.name  # or runs of one name would be one line
     assert "true: 'two'" in capsys.readouterr().out
+    said = 3 * [("a", "x", ["x"])] + [("b", "x", ["y"])]
+    assert score.scores(said)["accuracy"] == 0.75  # the mean of questions, not of kinds
 
 
 def test_a_prompt_that_fills_the_context_is_a_wrong_answer(sft_run, tmp_path, capsys):
@@ -331,6 +346,7 @@ def test_several_runs_are_asked_about_what_they_were_trained_on(study, tmp_path,
     early, late = map(json.loads, Path(out).read_text("utf-8").splitlines())
     assert (early["fusion"], early["n_scored"], early["scored"]) == ("early", 8, "procedural")
     assert {f"accuracy_{kind}" for kind in QUESTIONS} <= {*early}
+    assert early["loss"] == pytest.approx(np.mean([early[f"loss_{kind}"] for kind in QUESTIONS]))
     assert late["fusion"] == "late" and "accuracy_caption" in late
     table.main([out, "--by", "fusion"])  # the table reads such rows
     assert "accuracy_colour" in capsys.readouterr().out
@@ -412,6 +428,13 @@ def test_a_dry_run_for_gpus_that_are_not_here(capsys):
         plan.main([*flags, "--shard", "--gpus", "1xh100"])
     with pytest.raises(SystemExit, match="checkpointing|shard"):
         plan.main(["--preset", "8.13b", "--tokens", "10B", "--gpus", "1xa100"])
+
+
+def test_samples_are_those_of_the_published_data():
+    """OBELICS: 115B tokens and 353M images in 141M documents; DCLM: 4T in 3B (paper, Table 3)."""
+    told = {"interleaved": (115e9 / 141e6, 353e6 / 141e6), "text": (4e12 / 3e9, 0)}
+    for kind, sample in told.items():
+        assert plan.SAMPLES[kind][1:] == pytest.approx(sample, rel=0.01)
 
 
 def test_a_dry_run_of_a_paper_size_needs_neither_its_data_nor_its_gpu(capsys):

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,10 +18,12 @@ import torch
 
 import train
 from helpers import ROOT, one_line
+from model import PRESETS
 from tools.bench import repeated
 
 TINY = ("--width 16 --depth 1 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 2 "
         "--device cpu").split()
+CPU = train.Machine(torch.device("cpu"))
 
 
 def trained(out, *flags):
@@ -118,10 +121,18 @@ def test_an_edit_of_the_code_is_trained_anew(tmp_path, capsys, monkeypatch):
 
 
 def test_a_preset_at_another_width_has_the_encoder_of_that_width():
-    for flags, encoder in (([], 384), (["--width", "1536"], 768), (["--width", "128"], 64),
+    for flags, encoder in (([], 384), (["--width", "1536"], 768), (["--width", "24"], 16),
                            (["--width", "1536", "--vision-width", "512"], 512)):
         run, = train.parse_runs(["--preset", "289m", "--tokens", "100M", *flags])
         assert run.model.encoder_width == encoder
+
+
+def test_runs_of_other_numbers_have_other_names():
+    flags = ["", "--weight-decay 0.1", "--grad-clip 0", "--lr 0.001", "--vision-lr 0.5", "--flip",
+             "--warmup 9", "--cooldown 0.5", "--load-balancing-weight 0.1", "--val-rows 3",
+             "--augment", "--context 256", "--tokens-per-step 1024", "--heads 1",
+             "--mlp-multiple 8", "--patch-size 16"]
+    assert len({run_of(*words.split()).name for words in flags}) == len(flags)
 
 
 def test_only_what_the_code_does_makes_its_version(tmp_path, monkeypatch):
@@ -162,6 +173,21 @@ def test_accumulation_equals_the_big_batch(tmp_path):
     assert whole.keys() == parts.keys()
 
 
+def test_the_balance_loss_is_a_mean_over_tokens():
+    """And the loss one over targets: the gradient is that of both."""
+    run = run_of("--moe", "learned", "--load-balancing-weight", "0.5")
+    trainer = train.Trainer(run, CPU)
+    batch, = trainer.loader.train_batches(0, 1, 4, 4)
+    tokens, targets = (batch["doc"] > 0).sum(), len(batch["target_index"])
+    ffn = trainer.model.blocks[0].ffn
+    ffn.load.copy_(torch.arange(1.0, 9.0))  # or it has no gradient
+    out = trainer.model(batch)
+    wanted, = torch.autograd.grad(out.loss / targets + 0.5 * out.balance / tokens, ffn.router)
+    trainer.stats["targets_per_token"] = float(targets / tokens)  # as the step before had it
+    train.forward_and_backward(trainer, iter([batch]))
+    torch.testing.assert_close(ffn.router.grad / targets, wanted)
+
+
 # -- schedule and results --------------------------------------------------------------------------
 
 
@@ -170,6 +196,8 @@ def test_schedule_rises_stays_and_ends_at_zero():
     rates = [train.rate_at(step, run) for step in range(101)]
     assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71
     assert all(a > b for a, b in pairwise(rates[80:])) and rates[100] == 0
+    assert rates[85] == 0.5  # 1 - sqrt(t), a quarter into the cooldown
+    assert run_of("--tokens", "4608").branch == 8  # of 9 steps
 
 
 def test_a_schedule_of_the_budget_shares_no_trunk(tmp_path, capsys, monkeypatch):
@@ -191,13 +219,29 @@ def test_a_warmup_longer_than_the_trunk_makes_no_jump():
     assert max(abs(a - b) for a, b in pairwise(rates)) < 0.1 and rates[79] == 0.4
 
 
-def test_learning_rates_of_the_presets_are_the_papers():
-    for size, width, lr in (("275m", 800, 1.5e-3), ("932m", 1632, 5e-4),
-                            ("2.43b", 2464, 3.8e-4)):
+def test_settings_of_the_presets_are_the_papers():
+    rates = {}
+    for size in PRESETS:
         run, = train.parse_runs(["--preset", size, "--tokens", "4B"])
-        assert (run.model.width, run.model.depth, run.train.lr) == (width, 24, lr)
-        assert run.train.tokens_per_step == 2048 * 1024 and run.train.warmup == 1000
-        assert run.train.vision_lr == 0.01
+        cfg, rates[size] = run.train, run.train.lr
+        assert (run.model.width, run.model.depth) == (PRESETS[size]["width"], 24)
+        assert (cfg.tokens_per_step, cfg.warmup, cfg.cooldown) == (2048 * 1024, 1000, 0.2)
+        assert (cfg.vision_lr, cfg.load_balancing_weight) == (0.01, 0.01)
+        assert (cfg.weight_decay, cfg.grad_clip) == (1e-4, 1)
+        assert run.data.shares == {"caption": 45, "interleaved": 45, "text": 10}
+    assert rates == {
+        "275m": 1.5e-3, "289m": 1.5e-3, "464m": 1.5e-3, "494m": 1.5e-3, "932m": 5e-4, "1b": 5e-4,
+        "1.63b": 4.2e-4, "1.75b": 4.2e-4, "2.28b": 4e-4, "2.43b": 3.8e-4, "3.35b": 3.5e-4,
+        "3.7b": 3.3e-4, "8.13b": 2.4e-4}
+
+
+def test_warmups_are_the_papers():
+    for moe, warmups in ((False, {600: 300, 4000: 1000, 4001: 2500, 15000: 2500, 15001: 5000}),
+                         (True, {3000: 2500, 19999: 2500, 20000: 5000})):
+        assert {steps: train.paper_warmup(steps, moe) for steps in warmups} == warmups
+    for moe in ("learned", "modality"):
+        run, = train.parse_runs(["--preset", "275m", "--tokens", "8B", "--moe", moe])
+        assert run.train.warmup == 2500
 
 
 def test_learning_rates_between_and_beyond_the_papers_widths():
@@ -210,22 +254,25 @@ def test_learning_rates_between_and_beyond_the_papers_widths():
     assert [run_of(*late).train.lr for late in ((), ("--fusion", "late"))] == [0.012, 0.006]
 
 
-def test_decay_is_fully_decoupled():
+@pytest.mark.parametrize("flags", ["", "--fusion late --vision-lr 0.1"])
+def test_decay_is_fully_decoupled(flags):
     """With no gradient, a step at the peak rate shrinks weights by weight_decay, whatever the rate
-    is, and leaves gains alone."""
-    run = run_of("--lr", "0.02", "--weight-decay", "0.25")
-    machine = train.Machine(torch.device("cpu"), 0, 1)
+    is, and leaves gains and positions alone."""
+    run = run_of("--lr", "0.02", "--weight-decay", "0.25", *flags.split())
     model = train.Model(run.model)
-    optimizer = train.make_optimizer(model, run.train, machine)
+    optimizer = train.make_optimizer(model, run.train, CPU)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for name, p in model.named_parameters():
-        share = 0.75 if p.ndim >= 2 else 1.0
+        share = 0.75 if p.ndim >= 2 and "positions" not in name else 1.0
         torch.testing.assert_close(p.detach(), before[name] * share)
         p.grad = torch.ones_like(p)
     optimizer.step()
+    assert optimizer.defaults["eps"] == 1e-8
     for moments in optimizer.state.values():  # paper, App. A: betas of 0.9 and 0.95
         torch.testing.assert_close(moments["exp_avg"], 0.1 * torch.ones_like(moments["exp_avg"]))
         assert moments["exp_avg_sq"].flatten()[0] == pytest.approx(0.05)
@@ -237,18 +284,20 @@ def test_gradients_are_clipped(tmp_path):
     assert min(line["loss"] for line in log(one(tmp_path))) > 5
 
 
-def test_the_seed_decides_the_first_weights():
-    machine = train.Machine(torch.device("cpu"))
-    one, same, other = (train.Trainer(run_of("--seed", seed), machine).model.head.weight
-                        for seed in "001")
-    assert torch.equal(one, same) and not torch.equal(one, other)
+def test_the_seed_decides_weights_and_data():
+    a, b, c = (train.Trainer(run_of("--seed", seed), CPU) for seed in "001")
+    for what in (lambda t: t.model.head.weight, lambda t: torch.tensor(t.loader[0].tokens)):
+        assert torch.equal(what(a), what(b)) and not torch.equal(what(a), what(c))
 
 
 def test_results_say_what_the_paper_counts(tmp_path):
     row, = trained(tmp_path, "--tokens", "5K", "--fusion", "late").values()
     assert row["D"] == row["steps"] * row["tokens_per_step"] == 5120
     assert row["C"] == 6 * (row["N"] * row["D"] + row["N_vision"] * row["D_vision"])
-    assert 0 < row["D_vision"] < row["D"] and row["status"] == "ok" and row["padding"] < 0.05
+    loader = train.Loader(run_of().data, 0, run_of().model)
+    rows = [loader[g] for g in range(40)]
+    assert row["D_vision"] == sum((r.patch >= 0).sum() for r in rows) and row["status"] == "ok"
+    assert row["padding"] == pytest.approx(1 - sum(r.used for r in rows) / row["D"], abs=1e-4)
     kinds = ("caption", "interleaved", "text")
     assert row["loss"] == pytest.approx(sum(row[f"loss_{k}"] for k in kinds) / 3)
     assert row["floor"] == pytest.approx(sum(row[f"floor_{k}"] for k in kinds) / 3)
@@ -264,6 +313,15 @@ def test_results_say_what_the_paper_counts(tmp_path):
     assert [line["step"] for line in lines] == list(range(10))
     seconds = [line["wall_s"] for line in lines]
     assert seconds == sorted(seconds) and seconds[-1] > 0 and lines[-1]["tok_per_s"] > 0
+
+
+def test_mfu_is_a_share_of_each_card():
+    trainer = train.Trainer(run_of("--fusion", "late"), CPU)
+    trainer.machine = replace(CPU, ranks=2, peak=1e7)
+    trainer.step, n = 4, trainer.model.num_params()
+    trainer.stats |= {"timed": 2, "spent": 1.0, "D_vision": 1024}  # half of all; 1024 a second
+    flops = 6 * (n["N"] + n["N_vision"] / 2) * 1024
+    assert trainer.speed()["mfu"] == pytest.approx(flops / 2 / 1e7, abs=1e-4)
 
 
 def test_a_second_ctrl_c_ends_at_once_in_one_line():
@@ -402,6 +460,7 @@ def test_a_run_learns_at_the_scheduled_rate_and_its_loss_is_in_nats(tmp_path):
         logs[weight] = log(one(out))
         rates = [line["lr"] / run.train.lr for line in logs[weight]]
         assert rates == pytest.approx([train.rate_at(step, run) for step in range(run.steps)])
+        assert logs[weight][0]["load_balancing_loss"] == pytest.approx(1)  # of an even load
         assert row["floor"] == pytest.approx(0.094, abs=0.002)
         assert 1 < row["loss"] < 0.5 * logs[weight][0]["loss"]
     balance = [logs[weight][-1]["load_balancing_loss"] for weight in ("0", "1")]
