@@ -431,7 +431,7 @@ def test_a_dry_run_for_gpus_that_are_not_here(capsys):
 
 
 def test_samples_are_those_of_the_published_data():
-    """OBELICS: 115B tokens and 353M images in 141M documents; DCLM: 4T in 3B (paper, Table 3)."""
+    """OBELICS: 115B tokens and 353M images in 141M documents; DCLM: 4T in 3B (their own papers)."""
     told = {"interleaved": (115e9 / 141e6, 353e6 / 141e6), "text": (4e12 / 3e9, 0)}
     for kind, sample in told.items():
         assert plan.SAMPLES[kind][1:] == pytest.approx(sample, rel=0.01)
