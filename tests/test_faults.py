@@ -90,6 +90,30 @@ def test_two_processes_do_not_train_one_run(tmp_path):
         assert "another process" in again(tmp_path)
 
 
+def test_a_run_that_another_process_ends_meanwhile_is_not_trained_again(tmp_path, monkeypatch):
+    flags, done = [*TINY, "--tokens", "2K,4K", "--out"], []
+    train.main([*flags, str(tmp_path / "other")])
+
+    def train_one(run, machine):
+        for row in train.finished(tmp_path / "other").values():
+            train.append_result(tmp_path / "own", row)
+        done.append(run)
+        return True
+    (tmp_path / "own").mkdir()
+    monkeypatch.setattr(train, "train_one", train_one)
+    assert train.main([*flags, str(tmp_path / "own")]) == 0 and len(done) == 1
+
+
+def test_an_error_ends_the_workers_of_the_loader_too(tmp_path):
+    """They ignore SIGTERM, and Python would wait for them for ever."""
+    pack_one(tmp_path, "text", write_rows(tmp_path / "a.jsonl", TEXTS), val_fraction=0.3)
+    path, = (tmp_path / "out/text").glob("*/data")
+    path.write_bytes(b"\x7f\x7f\0\0" * (path.stat().st_size // 4))  # no such token
+    done = python("train.py", *TINY, "--data", tmp_path / "out", "--mixture", "0-0-100",
+                  "--workers", "1", "--out", tmp_path / "runs")
+    assert done.returncode == 1 and "IndexError" in done.stderr
+
+
 def test_a_full_disk_ends_in_a_line_and_the_same_command_goes_on(tmp_path):
     """A limit on the size of files stands for the full disk."""
     flags = [*TINY, "--out", str(tmp_path), "--save-every", "2"]
@@ -236,6 +260,30 @@ def test_a_file_whose_name_is_no_utf8_is_packed_and_named(tmp_path):
                   "0", env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
     assert "1 docs" in done.stdout and "caf\\udce9.jsonl: 1" in done.stdout
     assert len(Shards(tmp_path / "out").docs["text"]) == 1
+
+
+def test_links_that_lead_around_and_names_of_any_length(tmp_path):
+    write_rows(tmp_path / "in" / f"{'x' * 240}.jsonl", TEXTS)
+    for name in "ab":
+        (tmp_path / "in" / name).symlink_to(".")
+    meta, _ = pack_one(tmp_path, "text", tmp_path / "in")
+    assert sum(split["text"]["docs"] for split in meta["splits"].values()) == len(TEXTS)
+
+
+def test_a_file_that_cannot_be_read_for_now_is_read_by_the_next_call(tmp_path, monkeypatch):
+    sound, late = (write_rows(tmp_path / f"{name}.jsonl", TEXTS) for name in ("a", "b"))
+
+    read = pack_file.read_samples
+
+    def failing(path):
+        if path.name == "b.jsonl":
+            raise OSError(5, "Input/output error")
+        return read(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_file, "read_samples", failing)
+        pack({"text": [sound, late]}, tmp_path / "out", workers=1)
+    meta = pack({"text": [sound, late]}, tmp_path / "out", workers=1)
+    assert sum(split["text"]["docs"] for split in meta["splits"].values()) == 2 * len(TEXTS)
 
 
 def test_two_processes_do_not_pack_into_one_folder(tmp_path):

@@ -206,6 +206,12 @@ def test_check_compares_no_attention_that_training_does_not_take():
         assert "not compared" in check.check_attention(run, machine)
 
 
+def test_check_of_bf16_finds_no_fault_in_sound_experts():
+    """Were each token sent to one expert, rounding would change the choice of some."""
+    run, = train.parse_runs(["--moe", "learned", "--width", "64"])
+    assert check.check_bf16(run, train.Machine(torch.device("cpu"))) < check.LIMIT
+
+
 def test_specialisation_of_hand_made_counts():
     def h2(p):
         return -p * math.log2(p) - (1 - p) * math.log2(1 - p)
