@@ -178,6 +178,7 @@ def test_the_experiments_run_in_their_order(workplace, monkeypatch):
 def test_the_lecture_runs_with_its_exercises(workplace, monkeypatch):
     """Its six live commands and those of the answers, which stand in the text as `python ...`."""
     monkeypatch.chdir(workplace)
+    monkeypatch.setattr("builtins.input", lambda question: "0.3")  # the game asks for guesses
     answers = re.findall(r"`(python [^`]+)`", LECTURE)
     todo = commands(LECTURE) + [" ".join(command.split()) for command in answers]
     for command in todo:

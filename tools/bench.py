@@ -166,14 +166,15 @@ class StockBlock(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
         self.qkv, self.out = nn.Linear(width, 3 * width, False), nn.Linear(width, width, False)
-        self.up, self.down = nn.Linear(width, 4 * width, False), nn.Linear(4 * width, width, False)
+        self.ffn = nn.Sequential(nn.Linear(width, 4 * width, False), nn.GELU(),
+                                 nn.Linear(4 * width, width, False))
 
     def forward(self, x):
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))         # (B,T,3,H,Hd)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                     # (B,H,T,Hd) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).flatten(-2))                          # (B,T,W)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.ffn(self.norm2(x))
 
 
 class Stock(nn.Module):

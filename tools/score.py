@@ -196,6 +196,8 @@ def main(argv=None):
     check(args.data in (None, "procedural") or Path(args.data).exists(), f"{args.data} does not "
           "exist: give a json in LLaVA's layout, a packed folder or procedural")
     check(args.n is None or args.n > 0, f"-n {args.n}: need at least 1")
+    check(not args.json or not Path(args.json).is_dir(), f"--json {args.json} is a folder: name a "
+          "file")  # or the answers would be lost
     runs = [run for run in args.runs if Path(run, "ckpt.pt").is_file()] or args.runs[:1]
     for run in args.runs:
         if run not in runs:
