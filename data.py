@@ -44,7 +44,7 @@ class DataConfig:
     data: str = "procedural"  # the embedded world, or a folder that tools.pack wrote
     mixture: str = "45-45-10"  # captions-interleaved-text[-conversations], % of rows (Table 5)
     augment: bool = False  # RandomResizedCrop of real images (App. A; presets have it)
-    flip: bool = False  # mirror half of them (presets, too), not where text says left or right
+    flip: bool = False  # mirror half, not where text says left or right (presets have it)
     val_rows: int = 256  # validation rows for each kind
     workers: int = -1  # processes that prepare batches, 0 = none; -1 = 4 for a folder on CUDA
 
@@ -337,7 +337,7 @@ class Plan:
     def __init__(self, shards, kind, context, n_patches):
         tokens, images = shards.docs[kind][:, 2:].T
         lengths = 1 + tokens + images * (n_patches - 1)  # with the end-of-text before it
-        hard = (lengths > context) & (images > 0)  # only their tokens say where to cut
+        hard = (lengths > context) & ((images > 0) | (kind == "conversation"))  # cut by tokens
         n = np.where(hard, 0, -(-lengths // context))  # pieces of all others, without a loop
         doc = np.repeat(np.arange(len(n)), n)
         start = (np.arange(len(doc)) - np.searchsorted(doc, doc)) * context
@@ -350,7 +350,7 @@ class Plan:
             first = next_fit(sizes, context)
             start, size = first[:-1], np.add.reduceat(sizes, first[:-1])
             piece = np.stack([np.full_like(start, i), start, first[1:] + 1, size], 1)
-            # a gallery's images without a word have no target, and would be a row of padding
+            # images without a word, as in a gallery, have no target, and would pad a row
             pieces.append(piece[np.logical_or.reduceat(np.append(ids >= 0, True), start)])
         pieces = np.concatenate(pieces).astype(np.int32)                        # (n, 4)
         self.pieces = pieces[np.lexsort((pieces[:, 1], pieces[:, 0]))]

@@ -26,7 +26,6 @@ Other laws and figures: python -m tools.laws_more, python -m tools.figures.
 # K starts or resamples.
 
 import os
-
 if __name__ == "__main__":  # before numpy comes: over so small arrays threads only wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -209,12 +208,13 @@ def diagnose(runs, problem, theta):
 
 
 def draw_weights(runs, count, seed):
-    """Draw trunks, with replacement -> how often each run came, (count, n). Budgets of one size and
-    seed share a trunk, and so their errors: drawn one by one they make intervals too narrow (that
-    of alpha held the truth in 77 of 100 simulated studies). Of a single seed, each run is drawn."""
-    names = [f"{N} {[*map(row.get, ('seed', 'fusion', 'moe', 'mixture'))]}"
-             for N, row in zip(runs.N, runs.table)]
-    alone = len({*names}) == len({*runs.N})
+    """Draw trunks, with replacement -> how often each run came, (count, n). Budgets of a model and
+    seed share a trunk, and so their errors: drawn one by one, intervals are too narrow (that of
+    alpha held the truth in 77 of 100 simulated studies). Of a single seed, each run is drawn."""
+    keys = ("fusion", "moe", "n_experts", "top_k", "mixture")
+    models = [f"{N} {[*map(row.get, keys)]}" for N, row in zip(runs.N, runs.table)]
+    names = [f"{model} {row.get('seed')}" for model, row in zip(models, runs.table)]
+    alone = len({*names}) == len({*models})
     trunk = np.unique(range(len(names)) if alone else names, return_inverse=True)[1]
     rng, n = np.random.default_rng(seed), trunk.max() + 1
     return rng.multinomial(n, np.full(n, 1 / n), size=count)[:, trunk].astype(float)

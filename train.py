@@ -82,7 +82,7 @@ class TrainConfig:
     seed: int = 0  # decides initial weights and data order
     eval_every: int = 0  # steps between validations; 0 = only at the end
     save_every: int = 500  # steps between checkpoints
-    device: str = "auto"  # auto = cuda where there is one, else cpu; mps
+    device: str = "auto"  # cpu, cuda or mps; auto = cuda where there is one, else cpu
     compile: Literal["auto", "on", "off"] = "auto"  # auto = on CUDA only
     attention: Literal["auto", "dense"] = "auto"  # auto = FlexAttention where blocks are compiled
     experts_by: Literal["auto", "loop"] = "auto"  # auto = one kernel where torch has a fast one
@@ -960,7 +960,7 @@ def main(argv):
                              "--micro-rows, which accumulates more") from None
         except OSError as error:
             raise SystemExit(f"{error.filename or run.folder}: {error.strerror or error}; make "
-                             "room or name another --out, and the same command goes on") from None
+                             "room and run it again, or name another --out") from None
         except Exception:  # what a traceback keeps would keep the loader's workers, for ever
             sys.excepthook(*sys.exc_info())
             raise SystemExit(1) from None

@@ -271,8 +271,8 @@ class World:
 def belongs(content, split):
     """Whether a scene or a story is of this split, so that nothing of the validation set is ever
     trained on: one in sixteen, by a hash that is the same on every machine (Python's own is not). A
-    text's probability given its pictures does not depend on the split, so the floor stays exact. A
-    story without pictures has the floor of readers who do not know the hash, which is SHA-256's.
+    text's probability given its pictures does not depend on the split, so the floor stays exact. Of
+    a story without pictures the floor is that of a reader who cannot guess the hash.
     (A CRC will not do, because it is linear: a scene whose colour changes would never stay val.)"""
     return (hashlib.sha256(repr(content).encode()).digest()[0] % 16 == 0) == (split == "val")
 

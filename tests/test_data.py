@@ -135,9 +135,12 @@ def test_a_plan_of_many_long_texts_is_made_without_reading_them():
 
 
 def test_a_gallery_without_a_word_gets_no_row():
-    """Nothing would be predicted there, so its row would be padding that counts as training."""
-    ids = np.array([IMAGE] * 4 + [97] * 200, np.int32)
-    shards = types.SimpleNamespace(docs={"interleaved": np.array([[0, 0, len(ids), 4]])},
-                                   tokens=lambda kind, i: ids)
-    plan = data.Plan(shards, "interleaved", 1024, 256)
-    assert plan.pieces.tolist() == [[0, 4, 206, 456]] and plan.n_rows == 1
+    """Nothing would be predicted there, so its row would be padding that counts as training. Nor
+    does what is only read of a long question."""
+    for kind, images, start, size in (("interleaved", 4, 4, 456), ("conversation", 0, 1024, 477)):
+        ids = [IMAGE] * images or [data.READ - 97] * 1300
+        ids = np.array(ids + [97] * 200, np.int32)
+        shards = types.SimpleNamespace(docs={kind: np.array([[0, 0, len(ids), images]])},
+                                       tokens=lambda kind, i, ids=ids: ids)
+        plan = data.Plan(shards, kind, 1024, 256)
+        assert plan.pieces.tolist() == [[0, start, len(ids) + 2, size]] and plan.n_rows == 1

@@ -272,7 +272,6 @@ def test_links_that_lead_around_and_names_of_any_length(tmp_path):
 
 def test_a_file_that_cannot_be_read_for_now_is_read_by_the_next_call(tmp_path, monkeypatch):
     sound, late = (write_rows(tmp_path / f"{name}.jsonl", TEXTS) for name in ("a", "b"))
-
     read = pack_file.read_samples
 
     def failing(path):

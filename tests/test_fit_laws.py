@@ -167,7 +167,7 @@ def test_budgets_of_one_trunk_are_drawn_together():
         spread = [np.ptp(weight[:, [g[0::2] == (N, s) for g in grid]], 1).max()
                   for N in (1e4, 1e5) for s in range(3)]  # within a trunk
         assert (max(spread) == 0) == several
-    pooled = np.array([{"seed": s, "moe": moe} for s in (0, 1) for moe in ("none", "learned")])
+    pooled = np.array([{"seed": s, "n_experts": n} for s in (0, 1) for n in (1, 8)])
     draws = fl.draw_weights(SimpleNamespace(N=np.ones(4), table=pooled), 50, 0)
     assert np.ptp(draws[:, :2], 1).max() > 0  # two models of one size and seed are two trunks
     draws = fl.draw_weights(SimpleNamespace(N=np.ones(9), table=np.array([{}] * 9)), 50, 0)

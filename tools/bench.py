@@ -49,7 +49,7 @@ import moe
 import train
 from model import (Model, Output, ffn_hidden, generate, on_meta, prompt_batch, rope_table, rotate,
                    training_memory)
-from tools import make_folder, markdown, need, usable_cores
+from tools import markdown, need, usable_cores
 from tools.pack import pack
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -344,7 +344,7 @@ def overhead(bench):
     n = 8 if bench.quick else 40
     trainer = trainee(bench.machine, {"tokens_per_step": 512, "out": str(bench.folder),
                                       "tokens": str(512 * n)})
-    make_folder(trainer.run.folder)
+    trainer.run.folder.mkdir(parents=True, exist_ok=True)
     trainer.begin()
     trainer.save = trainer.describe = lambda *args: None  # the time of a checkpoint is the disk's
     batches, loader = make_batches(trainer, n), trainer.loader

@@ -11,6 +11,7 @@ Dimensions:  h, w height and width of a stored picture
 """
 import base64
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -254,6 +255,8 @@ def read_source(path, kind):
                 parts = [Skip(f"no field {str(error)[:40]}")]
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError,
                     OSError) as error:  # an image with links in a loop, or forbidden
+                if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+                    raise  # it may pass
                 parts = [Skip(f"broken record ({type(error).__name__})")]
             yield key, parts, record
     except Exception as error:  # on hostile files the libraries raise nearly every type
