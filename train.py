@@ -960,7 +960,7 @@ def main(argv):
                              "--micro-rows, which accumulates more") from None
         except OSError as error:
             raise SystemExit(f"{error.filename or run.folder}: {error.strerror or error}; make "
-                             "room and run it again, or name another --out") from None
+                             "room, and the same command goes on, or name another --out") from None
         except Exception:  # what a traceback keeps would keep the loader's workers, for ever
             sys.excepthook(*sys.exc_info())
             raise SystemExit(1) from None
