@@ -43,8 +43,8 @@ class DataConfig:
 
     data: str = "procedural"  # the embedded world, or a folder that tools.pack wrote
     mixture: str = "45-45-10"  # captions-interleaved-text[-conversations], % of rows (Table 5)
-    augment: bool = False  # RandomResizedCrop of real images (App. A; presets have it)
-    flip: bool = False  # mirror half, not where text says left or right (presets have it)
+    augment: bool = False  # RandomResizedCrop of real images (App. A); presets turn it on
+    flip: bool = False  # mirror half the images, unless text says left or right; presets turn it on
     val_rows: int = 256  # validation rows for each kind
     workers: int = -1  # processes that prepare batches, 0 = none; -1 = 4 for a folder on CUDA
 
@@ -66,9 +66,9 @@ class DataConfig:
 
 def get_tokenizer(name="bytes"):
     """-> tiktoken.Encoding of "bytes" (256 bytes and end-of-text; needs no network), of a tiktoken
-    name, or of the path of a .tiktoken file. (tiktoken's own reader keeps a copy by the path's
-    name, and would not see that a tokenizer was trained again.) Data are encoded with
-    `encode_ordinary`, because "<|endoftext|>" inside them is text, not control."""
+    name, or of the path of a .tiktoken file. (We read the file ourselves, because tiktoken's reader
+    caches it under its path and would miss that a tokenizer was trained again.) Data are encoded
+    with `encode_ordinary`, because "<|endoftext|>" inside them is text, not control."""
     path = Path(name)
     try:
         if name == "bytes":  # the pattern only cuts into pieces, for speed: nothing is merged
@@ -97,8 +97,8 @@ class Document:
     """tokens int32 (L,): ids, IMAGE where an image stands, READ - id for an id that is no target.
     images: uint8 (S, S, 3) each, in order. nll float32 (L + 1,): the generator's own surprise in
     nats at each token and at the document's end; 0 where nobody knows it (real data). ends: whether
-    its start and its end are here. A piece of a long document has no end-of-text where it was cut.
-    There its first token is only read, because the piece before it has predicted it."""
+    the document's start and its end are in this piece. Where a long document is cut, there is no
+    end-of-text, and the next piece only reads its first token, because it was predicted before."""
 
     tokens: np.ndarray
     images: list
@@ -327,12 +327,12 @@ class Packed:
 
 
 class Plan:
-    """Which documents share a row: next-fit in the order of the files, made once for each kind.
+    """Decides which documents share a row, by next-fit in the order of the files, for one kind.
 
-    Documents longer than a row are cut into pieces, never through an image, and what is cut off
-    goes on in another row. pieces int32 (n, 4): document, its tokens from .. to, and how many
-    positions they take. Token 0 is the end-of-text before the document. The last token of a piece
-    takes no position there, because it is only predicted; the next piece starts with it."""
+    A document longer than a row is cut into pieces, never through an image, and the next piece goes
+    to another row. pieces int32 (n, 4): document, first token, end (exclusive), and the number of
+    positions. Token 0 is the end-of-text before the document. The last token of a piece takes no
+    position in it, because it is only predicted; the next piece starts with this token."""
 
     def __init__(self, shards, kind, context, n_patches):
         tokens, images = shards.docs[kind][:, 2:].T
@@ -363,8 +363,8 @@ class Plan:
 
 
 def next_fit(sizes, context):
-    """Things of these sizes fill one bin of `context` after the other -> int array, the first thing
-    of each bin, and last the number of things."""
+    """Fills bins of `context`, one after the other, with items of these sizes -> int array: the
+    first item of each bin, and last the number of items."""
     ends, first = np.cumsum(sizes), [0]
     following = np.searchsorted(ends, ends - sizes + context, side="right")
     while first[-1] < len(ends):
@@ -373,9 +373,9 @@ def next_fit(sizes, context):
 
 
 # ---- A packed folder: memory-mapped shards -------------------------------------------------------
-# A shard is a folder of `data`, the documents one after the other: tokens int32 with IMAGE, (h, w)
-# int32 of each image, their pixels; of train.docs and val.docs, int64 (documents, 3): a document's
-# first byte in `data`, tokens, images; and of shard.json. data.json lists all shards.
+# A shard is a folder with shard.json and two sorts of file. `data` has one document after another:
+# int32 tokens with IMAGE, int32 (h, w) of each image, their pixels. train.docs and val.docs,
+# int64 (documents, 3): first byte in `data`, tokens, images. data.json lists all shards.
 
 def read_meta(root):
     """data.json of a packed folder, its tokenizer as get_tokenizer wants it, and its checksum."""
@@ -508,9 +508,9 @@ class Loader:
         missing = [kind for kind in self.shares if kind not in there]
         check(not missing, f"--mixture {cfg.mixture}: {cfg.data} has only {', '.join(there)}; give "
               f"{' and '.join(missing)} 0 (it is {'-'.join(KINDS[:3])})")
-        # The names under which losses are reported (`loss` is their mean): the paper's three kinds
-        # whatever the mixture, with others that it has; but of a mixture for finetuning, which has
-        # conversations, these alone.
+        # The kinds whose losses are reported (`loss` is their mean): the paper's three, whatever
+        # the mixture is, and others that are in the mixture. But a mixture with conversations is
+        # for finetuning, and then only the loss of conversations is reported.
         wanted = (["conversation"] if "conversation" in self.shares
                   else [k for k in KINDS if k in PRETRAINING or k in self.shares])
         kinds = [kind for kind in wanted if kind in self.source.kinds["val"]]

@@ -150,9 +150,9 @@ def minimise(problem, starts, weight=1.0, bounds=None):
 
 
 def projected_starts(problem, *grids):
-    """Our starts (K, P): on a grid of slopes, where the law is linear in A, B and E, solve it.
-    Most of these lead to the best minimum. Most of the paper's 1764 do not, and none to a better.
-    """
+    """-> our starts (K, P). With its slopes fixed at a point of a grid, the law is linear in A, B
+    and E, and we solve for them. Most of these starts lead to the best minimum. Most of the paper's
+    1764 do not, and none leads to a better minimum."""
     T, starts = len(problem.design), []
     least = 1e-3 * np.exp(problem.target.min())  # because ln 0 is no start
     for slopes in product(*(grids or [np.geomspace(0.05, 2.5, 12)] * 2)):
@@ -208,9 +208,9 @@ def diagnose(runs, problem, theta):
 
 
 def draw_weights(runs, count, seed):
-    """Draw trunks, with replacement -> how often each run came, (count, n). Budgets of a model and
-    seed share a trunk, and so their errors: drawn one by one, intervals are too narrow (that of
-    alpha held the truth in 77 of 100 simulated studies). Of a single seed, each run is drawn."""
+    """Draws trunks, with replacement -> how often each run was drawn, (count, n). To draw single
+    runs makes intervals too narrow (alpha's held the truth in 77 of 100 simulated studies), because
+    budgets share the errors of their trunk. It draws single runs if each model has one seed."""
     keys = ("fusion", "moe", "n_experts", "top_k", "mixture")
     models = [f"{N} {[*map(row.get, keys)]}" for N, row in zip(runs.N, runs.table)]
     names = [f"{model} {row.get('seed')}" for model, row in zip(models, runs.table)]

@@ -23,13 +23,13 @@ from moe import MoE
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides the parameters. 0 = choose for me, by rules of ours."""
+    """The architecture. 0 means: choose for me, by a rule that is ours and not the paper's."""
     fusion: Literal["early", "late"] = "early"  # raw patches, or first through a ViT
     moe: Literal["none", "learned", "modality"] = "none"  # experts, by a router or by kind of token
     experts: int = 8  # experts of a learned MoE layer
     top_k: int = 1  # experts a token goes to
     granularity: int = 1  # learned MoE: each expert's hidden size is the dense one divided by this
-    width: int = 48  # of the decoder
+    width: int = 48  # numbers in one hidden vector of the decoder
     depth: int = 4  # blocks of the decoder
     heads: int = 0  # attention heads; 0: a head dim near 64
     image_size: int = 32  # pixels of a side
@@ -37,8 +37,8 @@ class ModelConfig:
     context: int = 128  # positions of a row, text tokens and patches
     vocab_size: int = 264  # ids the model can read and write
     mlp_multiple: int = 0  # ffn hidden is 8/3 width rounded up to this; 0: 256, small widths 16
-    vision_width: int = 0  # late fusion, of the encoder; 0: half of --width, in steps of 8
-    vision_depth: int = 0  # late fusion, of the encoder; 0: as --depth
+    vision_width: int = 0  # width of late fusion's encoder; 0: half of --width, in steps of 8
+    vision_depth: int = 0  # blocks of late fusion's encoder; 0: as many as --depth
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, slower
 
     head_dim = property(lambda self: split_heads(self.width, self.heads))
@@ -71,8 +71,8 @@ class ModelConfig:
 
 def split_heads(width, heads=0):
     """The head dim of a layer of this width, or 0 where there is none. It is even, because RoPE
-    turns pairs of numbers. For heads = 0 it is the divisor of the width nearest 64 that leaves two
-    heads, a multiple of 8 if there is one; ties go to the smaller. (2 or 8 is nearer than 127.)"""
+    turns pairs of numbers. heads = 0 takes the divisor of the width nearest 64 that leaves two or
+    more heads, a multiple of 8 if one exists; ties go to the smaller. (2 is nearer than 127.)"""
     if heads:
         return width // heads if width % (2 * heads) == 0 else 0
     dims = [d for d in range(2, min(width // 2, 126) + 1, 2) if width % d == 0]
@@ -86,8 +86,8 @@ def ffn_hidden(width, multiple=0):
     return -(-int(8 * width / 3) // multiple) * multiple
 
 
-# The paper's Table 6 (its 468M is 464M in its figures; 8.13b is from arXiv 2507.09404): an early
-# size and the late one of about the same FLOPs in a line. `lr` is for train.py, MoE is as early.
+# The paper's Table 6 (its 468M is 464M in the figures; 8.13b is from arXiv 2507.09404). A line has
+# an early size and the late size of about the same FLOPs. MoE takes the early sizes and their `lr`.
 PRESETS = {
     name: dict(fusion="late" if vision_width else "early", width=width, vision_width=vision_width,
                lr=lr, depth=24, context=1024, image_size=224, patch_size=14, vocab_size=50432)
@@ -149,8 +149,8 @@ def block_mask_maker(compiled):
 
 
 def flex_fits(cfg, dtype):
-    """FlexAttention knows no smaller heads, and in fp32 (a T4) larger ones find no room. For rows
-    below 128 it takes another kernel, which before torch 2.13 wants heads of a power of 2."""
+    """Whether FlexAttention can run. It takes no head dim below 16, and in fp32 (a T4) no big one.
+    Rows below 128 use another kernel, which before torch 2.13 needs a power of 2 as head dim."""
     return cfg.head_dim >= 16 and cfg.context >= 128 and dtype == torch.bfloat16
 
 
@@ -173,8 +173,8 @@ def rotate(x, rope):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
-# Weights are fp32, and cast to the dtype of what they meet: bf16 on CUDA, else fp32. Autocast would
-# keep the residual stream and the norms in fp32, which costs time and memory.
+# Weights are fp32 and cast to the dtype of the activations (bf16 where a GPU has it). Autocast
+# would keep the residual stream and the norms in fp32, which costs time and memory.
 class Linear(nn.Linear):
     def __init__(self, fan_in, fan_out, layer=None):
         super().__init__(fan_in, fan_out, bias=False)
@@ -334,7 +334,7 @@ class Model(nn.Module):
         return torch.where((at >= 0)[..., None], patches, tokens)
 
     def build_mask(self, batch, dense):
-        """The mask for Attention, built once a step for all layers."""
+        """The mask for Attention, built once a forward pass for all layers."""
         doc, image_id = batch["doc"], batch["patch_index"] // self.cfg.n_patches  # -1 stays -1
         if self.flex and not dense:
             return block_mask(doc, image_id)
@@ -345,7 +345,7 @@ class Model(nn.Module):
 
     def decode(self, batch, caches=None, start=0):
         """-> (B,T,W) normalised hidden states, and the layers' MoE stats (list). With caches (a
-        list for each layer) the batch continues at position `start` what they hold."""
+        list for each layer) the batch follows the `start` positions that they already hold."""
         x = self.embed(batch)                                                    # (B,T,W)
         image = (batch["patch_index"] >= 0).long()
         modality = torch.where(batch["doc"] > 0, image, -1)                      # (B,T)
@@ -372,9 +372,9 @@ class Model(nn.Module):
         return Output(loss, balance, token_loss, counts)
 
     def num_params(self):
-        """N is the count that reproduces the paper's sizes: the matrices of the decoder blocks (of
-        the experts only the active ones, and no router), the token embedding and the head.
-        N_nonembedding leaves these two out. N_vision: the matrices of the encoder's blocks."""
+        """N reproduces the paper's sizes: it counts the matrices of the decoder blocks (only active
+        experts, no router), the token embedding and the head. N_nonembedding leaves embedding and
+        head out. N_vision counts the matrices of the encoder's blocks, N_total all parameters."""
         def matrices(modules):
             return sum(p.numel() for module in modules for name, p in module.named_parameters()
                        if p.ndim > 1 and name != "router")
@@ -399,16 +399,16 @@ def on_meta(cfg):
 
 
 def training_memory(cfg, ranks=1, shard=False, dtype=torch.bfloat16):
-    """Bytes on a GPU: whatever the micro-batch is, and for each of its rows (results/speed.md).
+    """-> (fixed bytes on a GPU, bytes for each row of a micro-batch); see results/speed.md.
 
-    A parameter has 4 bytes of weight, 4 of gradient and 8 of Adam's moments, and 2 of its copy in
-    bf16, which backward needs (checkpointing casts anew). DDP adds 4 for the gradients that it
-    sends. When only checkpoints are left of the activations, 4 more are taken once: for new buckets
-    of DDP, or where one GPU goes on from ckpt.pt, whose moments are there twice for a moment. FSDP
-    divides the 16 by the ranks, and gathers embedding, head and two blocks with their gradients.
-    The head has 14 for each logit of a chunk and 12 for each weight, activations 24 for each token,
-    layer and unit of width and 6 for each of ffn hidden (an encoder: 40 at 3/4 of the positions),
-    with checkpointing each layer's input and most of one. A step takes 78 to 107 %."""
+    A parameter takes 4 bytes of weight, 4 of gradient, 8 of Adam's moments, and 2 of a bf16 copy
+    that backward needs. (Checkpointing casts anew. Instead it needs 4 for a short time, because DDP
+    makes new buckets, or one GPU that resumes holds the moments twice.) DDP adds 4 for the
+    gradients that it sends. FSDP divides the 16 by the ranks, and gathers embedding, head and two
+    blocks with their gradients. The head takes 14 for each logit of a chunk and 12 for each weight.
+    Activations take 24 for each token, layer and unit of width and 6 for each unit of ffn hidden
+    (encoder: 40 at 3/4 of the positions); checkpointing keeps each layer's input and most of one
+    layer. A real step takes 78 to 107 % of this estimate."""
     model, width, depth = on_meta(cfg), cfg.width, cfg.depth
     total, words = model.num_params()["N_total"], cfg.vocab_size * width
     block = sum(p.numel() for p in model.blocks[0].parameters())

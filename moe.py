@@ -48,8 +48,8 @@ class MoE(nn.Module):
         self.w_down = weight(hidden * 2 * (layer + 1), self.experts, width, hidden)  # (E,W,F)
         if self.learned:
             self.router = weight(width, self.experts, width)                     # (E,W)
-            # slots of each expert in the whole step before, from train.py; saved, or a run that is
-            # resumed would differ in its first step
+            # how many slots each expert got in the step before; train.py writes it. It is saved,
+            # because otherwise the first step of a resumed run would differ
             self.register_buffer("load", torch.ones(experts))                    # (E,)
 
     def forward(self, x, modality):
@@ -58,7 +58,7 @@ class MoE(nn.Module):
             gates, chosen, probs = route(flat, self.router, self.top_k)          # (N,K) (N,K) (N,E)
         else:
             gates, chosen = None, (modality == 1).long()[:, None]                # (N,1)
-        # slots of a token at an expert: bincount would synchronise with the GPU, one_hot does not
+        # 1 where a token goes to an expert; not by bincount, which would synchronise with the GPU
         hot = F.one_hot(chosen, self.experts).sum(1)                             # (N,E)
         y = self.dispatch(flat, chosen, hot.sum(0), gates)                       # (N,W)
         is_kind = torch.stack([modality == 0, modality == 1]).float()            # (2,N)
@@ -116,10 +116,10 @@ def load_balancing_loss(load, probs) -> torch.Tensor:
     convention; others do not divide by K and get K), so the value per token is exactly 1.0 at
     perfect balance and E when one expert takes all with certainty. Only P carries a gradient.
 
-    f is that of the step before, over all ranks and micro-batches. It hardly moves from one step to
-    the next, and what is left is linear in the tokens: so the sum over micro-batches and ranks is
-    the loss of the step, however the step is divided. Had each micro-batch its own f, it would have
-    to be balanced by itself, and a run on two GPUs would not be the run on one."""
+    f comes from the step before, over all ranks and micro-batches, because it hardly moves between
+    steps. With f fixed, the loss is linear in the tokens, so its sum over micro-batches and ranks
+    is the loss of the step, however the step is divided. If each micro-batch had its own f, each
+    would have to be balanced by itself, and a run on two GPUs would differ from a run on one."""
     return len(load) / load.sum().clamp(min=1) * (load * probs).sum()  # 0 after a step of padding
 
 

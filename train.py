@@ -66,8 +66,8 @@ class TrainConfig:
     """How to train. 0 means that the value is derived, as its line says."""
 
     out: str = "runs/demo"  # folder of the study: results.jsonl and one folder a run
-    preset: str = "laptop"  # laptop, or a size of the paper's Table 6: 275m .. 8.13b, late 289m ..
-    init: str = ""  # start from the weights of this run's folder ({seed} = its own) (3.3, B.7)
+    preset: str = "laptop"  # laptop, or a size of the paper: early 275m .. 8.13b, late 289m .. 3.7b
+    init: str = ""  # start from the weights in this run folder; {seed} = the new run's (3.3, B.7)
     init_vision: str = ""  # late fusion: start from the encoder of this run (B.7)
     tokens: str = "3M"  # D, training tokens, as 500K or 2B; several, as 1M,2M, share a trunk
     tokens_per_step: int = 2048 * 1024  # over all ranks, laptop 512; accumulation is derived
@@ -78,7 +78,7 @@ class TrainConfig:
     cooldown: float = 0.2  # final share of the steps, in which the rate falls to 0
     weight_decay: float = 1e-4  # per step at the peak rate (fully decoupled; paper, App. A)
     grad_clip: float = 1.0  # norm of the gradient; 0 = no clipping
-    load_balancing_weight: float = 0.01  # of the load_balancing_loss of experts (section 4)
+    load_balancing_weight: float = 0.01  # of load_balancing_loss in the loss (section 4)
     seed: int = 0  # decides initial weights and data order
     eval_every: int = 0  # steps between validations; 0 = only at the end
     save_every: int = 500  # steps between checkpoints
@@ -130,8 +130,8 @@ def parse_runs(argv):
 
 
 def make_runs(given):
-    """{field: value} of the flags that were given -> Runs. A flag goes before the sizes of weights
-    to start from, and these before the preset; what is left is derived or a default."""
+    """{field: value} of the flags that were given -> Runs. A flag overrides the sizes of weights to
+    start from, these override the preset, and all other fields are derived or defaults."""
     asked = config_of(TrainConfig, given)
     data = given.get("data", DataConfig.data)
     if data != DataConfig.data:  # a run is known by what is packed, wherever that lies
@@ -208,8 +208,8 @@ def sizes_of_weights(asked, given):
 
 def default_lr(model, preset):
     """Peak learning rate where none is given. That of the laptop was tuned (results/README.md).
-    With a preset it is Table 6's; at a width between two of its sizes it lies on the straight line
-    between them in logarithms, and beyond them it is the nearest's: ours."""
+    With a preset it is Table 6's. For widths that are not in the table the rule is ours: between
+    two sizes it is linear in the logarithms, and beyond the ends it is that of the nearest size."""
     if preset == "laptop":
         return 0.096 / model.width if model.fusion == "late" else 0.768 / model.width ** 1.5
     rates = sorted((size["width"], size["lr"]) for size in PRESETS.values()
@@ -228,9 +228,9 @@ def paper_warmup(steps, moe):
 
 
 def run_name(model, train, given):
-    """Readable, and different for every configuration, because flags that have no place in the name
-    enter it as a hash of their names and values. A run whose folder holds another code's gets the
-    hash of its code, too, so that an edit of the code is never answered with the old numbers."""
+    """-> a readable name, different for every configuration, because flags without a place of their
+    own enter it as a hash. If other code has made the folder of that name, a hash of this code is
+    appended, because otherwise edited code would be answered with the old numbers."""
     shown = ("fusion", "moe", "width", "depth", "tokens", "seed", "mixture")
     rest = {k: v for k, v in sorted(given.items()) if k not in shown + HOW}
     words = (model.fusion, model.moe.replace("none", ""), train.preset.replace("laptop", ""),
@@ -292,7 +292,7 @@ def whole_number(text):
     """"2M" -> 2000000; K, M, B and plain numbers, 1e6 too. ValueError for anything else."""
     scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:].upper(), 1)
     value = float(text[:-1] if scale > 1 else text) * scale
-    # 16.5 heads are a mistake; 2.3M is not a whole float; round() of 1e999 is an OverflowError
+    # 16.5 heads are a mistake, but 4.1 * 1e6 is not quite whole; round() of 1e999 would raise
     if not abs(value) < 2**63 or abs(value - round(value)) > 1e-9 * abs(value):
         raise ValueError(text)
     return round(value)
@@ -309,7 +309,7 @@ class Machine:
     ranks: int = 1
     name: str = ""
     memory: float = 0  # bytes of the GPU; 0 on a CPU, where the micro-batch does not depend on it
-    peak: float = 0  # FLOP/s that MFU is a share of; 0 where nobody published them
+    peak: float = 0  # FLOP/s of which MFU is a share; 0 if the card is not in CARDS
     dtype: torch.dtype = torch.float32  # of activations; most CPUs emulate bf16, 7 times slower
 
     is_cuda = property(lambda self: self.device.type == "cuda")
@@ -409,8 +409,8 @@ def finished(out, tell=False):
 
 
 def result_of(run, done):
-    """The row of a finished run, or None. One of another code, or of another warmup, which other
-    budgets beside it can have given it, is another run's, although it has the name."""
+    """The row of a finished run, or None. A row with this name is another run's if other code made
+    it, or if other budgets on its command line gave it another warmup."""
     row, ours = done.get(run.name), {"warmup": run.train.warmup, "code": code_version()}
     return row if row and all(row.get(key, value) == value for key, value in ours.items()) else None
 
@@ -436,7 +436,7 @@ class Trainer:
         torch.manual_seed(run.train.seed)  # the same weights on every rank and device
         self.model = Model(run.model)
         self.adopt_weights()
-        if not run.train.shard:  # which moves one block after the other
+        if not run.train.shard:  # FSDP moves one block after the other
             self.model.to(machine.device)
         self.model.dtype = machine.dtype
         # auto: on a CPU, compiling gains 1 to 4 % of a step for 45 s (results/speed.md)
@@ -448,16 +448,16 @@ class Trainer:
         for block in self.model.blocks:
             block.ffn.loop = run.train.experts_by == "loop"  # of a mixture of experts
         self.forward = distribute(self.model, run.train.shard, machine)
-        self.optimizer = make_optimizer(self.model, run.train, machine)  # of what sharding leaves
+        self.optimizer = make_optimizer(self.model, run.train, machine)  # not before sharding
         self.loader = Loader(run.data, run.train.seed, run.model)
-        for kind in self.loader.val_kinds:  # what cannot be validated must not show after training
+        for kind in self.loader.val_kinds:  # a mistake must show before training, not after
             self.loader.source.val_row(kind, 0)
         data = asdict(run.data) | self.loader.source.known_by
         self.config = {"model": asdict(run.model), "data": data, "train": asdict(run.train),
                        "made": {"code": code_version()}}
         self.stop = StopSignal()  # this process was asked to stop
         self.stopped = False  # this rank or another was, and all of them know it
-        self.clock = None  # when the last step ended: in the first, torch compiles and allocates
+        self.clock = None  # end of the last step; the first, which compiles, is not timed
         self.val = {}  # the last validation
         self.stats = dict.fromkeys("padding D_vision targets_per_token timed spent".split(), 0)
         if machine.is_cuda:
@@ -496,8 +496,8 @@ class Trainer:
         return line if math.isfinite(loss + line["grad_norm"]) else None
 
     def log(self, line):
-        """Writes the line of a step, and what the machine makes of it to a second file, because a
-        machine never does anything twice in the same time. Returns what the bar shows of it."""
+        """Writes the line of a step to log.jsonl, and its speed to speed.jsonl, because speed is
+        different each time and a log must be reproducible. Returns what the bar shows (dict)."""
         speed = self.speed()
         if self.machine.rank == 0:
             with open(self.run.folder / "log.jsonl", "a", encoding="utf-8") as file:
@@ -509,7 +509,7 @@ class Trainer:
         return {name: shown[name] for name in ("padding", "mfu", "val_loss") if name in shown}
 
     def speed(self):
-        """What the machine makes of the run so far; MFU counts the paper's 6 N D FLOPs."""
+        """The run's speed so far (dict). MFU counts the paper's FLOPs, 6 (N_v D_v + N D)."""
         stats, tokens = self.stats, self.run.train.tokens_per_step
         seen, rate = self.step * tokens, stats["timed"] * tokens / max(stats["spent"], 1e-9)
         found = {"wall_s": round(stats["spent"], 3), "tok_per_s": round(rate, 1),
@@ -560,8 +560,8 @@ class Trainer:
         set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
 
     def changed(self, config):
-        """The names of what decides the numbers and differs in a checkpoint's config: where there
-        are none, runs share a trunk."""
+        """-> str, names of the fields that decide the numbers and differ in a checkpoint's config.
+        If it is empty, the two runs share a trunk."""
         ours, theirs = ChainMap(*self.config.values()), ChainMap(*config.values())
         return ", ".join(k for k in ours if k not in IGNORED and ours[k] != theirs.get(k))
 
@@ -624,9 +624,9 @@ def distribute(model, shard, machine):
 
 
 def make_optimizer(model, cfg, machine):
-    """AdamW, decay on matrices and embeddings only. "Fully decoupled" (App. A): weights
-    shrink by weight_decay a step at the peak rate, whatever that rate is. torch multiplies its own
-    weight_decay by lr, so it is divided out."""
+    """AdamW with decay on matrices and embeddings only. The decay is fully decoupled (App. A): a
+    step at the peak rate shrinks weights by the share weight_decay, whatever the peak is. torch
+    multiplies its weight_decay by lr, so we divide ours by the peak."""
     def group(vision, decay):
         params = [p for name, p in model.named_parameters()
                   if (late and name.startswith("vision.") and "connector" not in name) == vision
@@ -735,8 +735,8 @@ def train(trainer):
                 trainer.save("ckpt.pt")
                 return "stopped"
 
-            # clip and step: one division, by the targets of all micro-batches and ranks, which are
-            # totals[2] (DDP has averaged over ranks, hence their number)
+            # clip and step: divide gradients by totals[2], the targets of all micro-batches and
+            # ranks, and multiply by the number of ranks, because DDP has averaged over them
             grads = [p.grad for p in trainer.model.parameters()]
             torch._foreach_mul_(grads, machine.ranks / totals[2].clamp(min=1))
             norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(),
@@ -777,8 +777,8 @@ def forward_and_backward(trainer, batches):
     then the step is done again after a restart."""
     machine, loads = trainer.machine, 0
     totals = torch.zeros(6, device=machine.device)
-    # The sum of losses is divided by the targets in the end and that of balance by the tokens. Only
-    # the step before knows their ratio already.
+    # train() divides all gradients by the targets, but balance must be divided by the tokens. So we
+    # multiply it by targets per token of the step before, because this step's is not known yet.
     weight = trainer.run.train.load_balancing_weight * trainer.stats["targets_per_token"]
     for i in range(trainer.accumulation):
         if trainer.stop.asked and machine.ranks == 1:
@@ -827,7 +827,7 @@ def compile_blocks(model):
     """Compiles each block, not the model: seconds of start-up instead of minutes, and the head's
     changing number of targets recompiles nothing."""
     torch.compiler.reset()  # otherwise a later budget finds the cache full and runs uncompiled
-    gc.collect()  # a compiled model is a cycle, and that of the budget before would fill the GPU
+    gc.collect()  # the last budget's compiled model is a reference cycle, and would fill the GPU
     # All blocks share one cache, and late fusion has 6 graphs (encoder, decoder; training, not).
     torch._dynamo.config.recompile_limit = 32
     torch._dynamo.config.optimize_ddp = False  # it would cut each block where DDP's buckets end

@@ -22,8 +22,8 @@ VERBS = ("eats", "owns", "digs", "sees")
 COUNTS = ("none", "one", "two", "three")
 ACTS = ("left", "came", "turned", "moved")
 # The order of --mixture; new kinds come last. A new kind must start with a Question, or start as a
-# caption or a text does and first differ from it in a picture. Otherwise words would tell the kind,
-# which nobody charges for.
+# caption or a text does and first differ from it in a picture. Otherwise its words would reveal the
+# kind of document, a choice that nobody charges, and the floor would be too low.
 KINDS = ("caption", "interleaved", "text", "conversation")
 QUESTIONS = ("colour", "count", "relation", "compare")  # the kinds of conversation
 GRID = 4  # a scene is GRID x GRID cells: with S / patch_size = 4, one patch sees a whole thing
@@ -147,8 +147,8 @@ class World:
         return min(bisect.bisect(self.cumulative, rng.random()), self.THINGS - 1)
 
     def scene(self, rng, split, distinct=False):
-        """{cell: (thing, colour)}, one thing in the upper half and one in the lower. (Of things
-        anywhere, each seed found out at another time which one a caption speaks of.)"""
+        """{cell: (thing, colour)}, one thing in the upper half and one in the lower. (With things
+        anywhere, each seed learned at a different time which thing a caption speaks of.)"""
         while True:
             scene, last, half = {}, None, GRID * GRID // 2
             for cell in (rng.randrange(half), half + rng.randrange(half)):
@@ -169,7 +169,7 @@ class World:
         return canvas
 
     def change(self, scene, rng, split):
-        """(new scene of the same split, whom a viewer of both pictures would name, what it did)."""
+        """-> new scene of the same split, the thing that changed ("the red mivo"), what it did."""
         while True:
             changed, who, deed = self.any_change(dict(scene), rng)
             if belongs(sorted(changed.items()), split):
@@ -263,17 +263,17 @@ class World:
     def compare(self, w, split):
         act, deed, after = w.rng.choice(ACTS), "", {}
         while act not in deed or not belongs(sorted(after.items()), split):
-            before = self.scene(w.rng, split)  # both anew, because so all acts stay as likely
+            before = self.scene(w.rng, split)  # a new scene, because some allow no such act in val
             after, _, deed = self.any_change(dict(before), w.rng)
         self.ask(w, [before, after], "what changed?", f"one {deed}")
 
 
 def belongs(content, split):
-    """Whether a scene or a story is of this split, so that nothing of the validation set is ever
-    trained on: one in sixteen, by a hash that is the same on every machine (Python's own is not). A
-    text's probability given its pictures does not depend on the split, so the floor stays exact. Of
-    a story without pictures the floor is that of a reader who cannot guess the hash.
-    (A CRC will not do, because it is linear: a scene whose colour changes would never stay val.)"""
+    """Whether a scene or a story belongs to this split. One in sixteen is for validation, so that
+    nothing in it is ever trained on; the hash is the same on every machine (Python's own is not). A
+    text's probability given its pictures does not depend on the split, so the floor stays exact. A
+    story has no pictures, and its floor is the loss of a reader who cannot guess the hash. (A CRC
+    is linear, so that a val scene whose colour changes would never stay in val.)"""
     return (hashlib.sha256(repr(content).encode()).digest()[0] % 16 == 0) == (split == "val")
 
 
