@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from world import KINDS, QUESTIONS, Answer, Question, World
 
-PRETRAINING = KINDS[:3]  # the paper's three: its loss is the mean over them (Table 1)
+PRETRAINING = KINDS[:3]  # the paper's three kinds; its loss is the mean over them (Table 1)
 IMAGE = -1  # stands for one whole image in Document.tokens; a row expands it to P patches
 READ = -2   # READ - id stands for a token that is only read and never predicted (a question)
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -41,12 +41,12 @@ def check(condition, message):
 class DataConfig:
     """What to read. Shapes (context, image and patch size) belong to the model's config."""
 
-    data: str = "procedural"  # the embedded world, or a folder that tools.pack wrote
+    data: str = "procedural"  # the world of world.py, or a folder that tools.pack wrote
     mixture: str = "45-45-10"  # captions-interleaved-text[-conversations], % of rows (Table 5)
     augment: bool = False  # RandomResizedCrop of real images (App. A); presets turn it on
     flip: bool = False  # mirror half the images, unless text says left or right; presets turn it on
     val_rows: int = 256  # validation rows for each kind
-    workers: int = -1  # processes that prepare batches, 0 = none; -1 = 4 for a folder on CUDA
+    workers: int = -1  # processes that prepare batches; -1 = 4 for a folder on CUDA, else 0
 
     def __post_init__(self):
         parts = self.mixture.split("-")
@@ -71,7 +71,7 @@ def get_tokenizer(name="bytes"):
     with `encode_ordinary`, because "<|endoftext|>" inside them is text, not control."""
     path = Path(name)
     try:
-        if name == "bytes":  # the pattern only cuts into pieces, for speed: nothing is merged
+        if name == "bytes":  # the pattern cuts text into pieces, for speed; no bytes are merged
             ranks, pattern = {bytes([i]): i for i in range(256)}, r"(?s:.{1,64})"
         elif path.suffix == ".tiktoken":
             lines = (line.split() for line in path.read_bytes().splitlines() if line.strip())
@@ -126,7 +126,7 @@ def encode(parts, encoding, costs=None):
 
 
 def encode_text(text, encoding):
-    """A list of ids. Those of a Question are only read; an Answer brings its end-of-text."""
+    """-> list of ids. A Question gives READ - id (only read); an Answer also gets end-of-text."""
     long = len(text) > 9999  # a megabyte of white space would overflow tiktoken's stack
     short = re.sub(r"(?<!\s)(\s{9999})\s+", r"\1", text) if long else text
     ids = encoding.encode_ordinary(short)
@@ -145,9 +145,9 @@ def ids_of(tokens):
 
 
 def expand(document, eot, n_patches):
-    """A document as positions, each (L',): ids, patch (number within the document or -1), target
-    (-1 = none) and nll of the target. One end-of-text goes before it, so that its first token has
-    something to be predicted from; end-of-text is also what its last token predicts."""
+    """A document of L' positions -> ids, patch (number within the document or -1), target (-1 =
+    none), nll of the target, (L',) each. An end-of-text goes before the document, because otherwise
+    nothing could predict its first token; its last token predicts an end-of-text, too."""
     before, after = document.ends
     framed = np.full(before + len(document.tokens) + after, eot)
     framed[before:len(framed) - after] = document.tokens
@@ -155,7 +155,7 @@ def expand(document, eot, n_patches):
     is_image = ids == IMAGE
     ids = ids_of(ids) * ~is_image
     size = np.where(is_image, n_patches, 1)
-    last = size.cumsum() - 1  # an image predicts from its last patch
+    last = size.cumsum() - 1  # the last patch of an image predicts what follows
     is_patch = is_image.repeat(size)
     patch = np.where(is_patch, is_patch.cumsum() - 1, -1)
     target = np.full(len(patch), -1)
@@ -178,8 +178,8 @@ class Row:
         self.nll, self.images = np.zeros(context, np.float32), []
 
     def add(self, document, whole=False):
-        """Places as many positions of a document as fit, but never a part of an image. With `whole`
-        it places all or nothing. Returns whether it placed any."""
+        """Places as many positions of a document as fit, or with `whole` all or none. It places no
+        part of an image, and nothing without a target. Returns whether it placed any."""
         ids, patch, target, nll = expand(document, self.eot, self.n_patches)
         n = min(len(ids), self.context - self.used)
         if whole and n < len(ids):
@@ -229,8 +229,8 @@ def collate(rows, patch_size):
 
 
 # ---- Where rows come from ---------------------------------------------------------------------
-# The procedural world and a packed folder answer the same questions: kinds[split], n_rows(kind,
-# split), row(kind, n) for training and val_row(kind, n). The answers depend on the seed alone.
+# Procedural and Packed share one interface: kinds[split], n_rows(kind, split), row(kind, n) for
+# training and val_row(kind, n). With the same seed and settings they return the same rows.
 
 class Procedural:
     """Rows of the procedural world. There is no end to them, so no epoch is ever repeated."""
@@ -262,9 +262,9 @@ class Procedural:
 
     @lru_cache(maxsize=16)
     def val_rows(self, kind):
-        """Always the same documents, each whole, so that the floor is exact. One that does not fit
-        opens the next row, because otherwise short documents would be favoured; only one that fits
-        no row at all is left out (below a context of 128 there are some)."""
+        """The documents are always the same, and whole, so that the floor is exact. A document that
+        does not fit opens the next row, because skipping it would favour short documents. Only a
+        document longer than a row is left out (below a context of 128 some are)."""
         rng, rows, tries = random.Random(f"val/{kind}"), [self.new_row()], 0
         while len(rows) <= self.cfg.val_rows:
             document, tries = self.document(kind, rng, "val"), tries + 1
@@ -300,14 +300,14 @@ class Packed:
         n = self.plan(kind, split).n_rows
         return n if split == "train" else min(self.cfg.val_rows, n)
 
-    @lru_cache(maxsize=4)  # one for each kind: of real data each can take gigabytes
+    @lru_cache(maxsize=4)  # one order a kind, because for real data an order can take gigabytes
     def order(self, kind, epoch):
         """The order of a kind's rows in one epoch."""
         rng = np.random.default_rng((self.seed, 3, KINDS.index(kind), epoch))
         return rng.permutation(self.plan(kind, "train").n_rows)
 
     def val_row(self, kind, n):
-        """The rows are taken from all over the validation set, their images plain."""
+        """Validation rows are spread evenly over the set, and their images are not augmented."""
         place = n * self.plan(kind, "val").n_rows // self.n_rows(kind, "val")
         return self.fill(kind, "val", place)
 
@@ -350,7 +350,7 @@ class Plan:
             first = next_fit(sizes, context)
             start, size = first[:-1], np.add.reduceat(sizes, first[:-1])
             piece = np.stack([np.full_like(start, i), start, first[1:] + 1, size], 1)
-            # images without a word, as in a gallery, have no target, and would pad a row
+            # a piece of images without a word (a gallery) has no target, and would only pad a row
             pieces.append(piece[np.logical_or.reduceat(np.append(ids >= 0, True), start)])
         pieces = np.concatenate(pieces).astype(np.int32)                        # (n, 4)
         self.pieces = pieces[np.lexsort((pieces[:, 1], pieces[:, 0]))]
@@ -358,7 +358,7 @@ class Plan:
         self.n_rows = len(self.first) - 1
 
     def row(self, n):
-        """[(document, its tokens from, to)] of row n."""
+        """The pieces in row n, a list of [document, first token, end (exclusive)]."""
         return self.pieces[self.first[n]:self.first[n + 1], :3].tolist()
 
 
@@ -385,7 +385,7 @@ def read_meta(root):
     try:
         text = path.read_bytes()
         meta = json.loads(text.decode("utf-8")) | {"contents": zlib.crc32(text)}
-        meta["splits"], meta["vocab_size"] + 1, meta["image_size"] + 1  # or it is damaged
+        meta["splits"], meta["vocab_size"] + 1, meta["image_size"] + 1  # these raise if damaged
         if meta["tokenizer"].endswith(".tiktoken"):
             meta["tokenizer"] = str(Path(root) / meta["tokenizer"])
         return meta
@@ -394,7 +394,7 @@ def read_meta(root):
 
 
 class Shards:
-    """One split of a packed folder: holds its tables of documents and reads the rest when asked."""
+    """One split of a packed folder. Its tables are in memory; the rest is read when asked for."""
 
     def __init__(self, root, split="train"):
         root, self.meta = Path(root), read_meta(root)
@@ -422,7 +422,7 @@ class Shards:
               "its folder and pack again")
         return found.view(dtype)
 
-    @lru_cache(maxsize=128)  # each holds one of the 256 to 1024 files that systems allow open
+    @lru_cache(maxsize=128)  # each keeps a file open, and systems allow only 256 to 1024
     def map(self, path):
         size = path.stat().st_size if path.is_file() else 0
         return np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
@@ -445,8 +445,8 @@ class Shards:
         """Document i, or its piece from token `start` to `stop` (see Plan), with images uint8
         (S, S, 3). Only what the piece needs is read, because a book fills many rows.
 
-        Plain: the centre square. augment: a random crop. flip: mirror with p = 0.5, unless the
-        text speaks of left or right. Both draw from `rng`, a numpy Generator."""
+        An image is cut to its centre square, with augment to a random crop. flip mirrors it with
+        p = 0.5, unless the text says left or right. Both draw from `rng`, a numpy Generator."""
         tokens, images = self.tokens(kind, i), []
         end = len(tokens) + 2  # with an end-of-text on both sides
         stop, skipped = stop or end, max(start - 1, 0)
@@ -472,8 +472,8 @@ def square(pixels, size, rng=None):
 
 
 def crop_box(h, w, rng=None):
-    """(top, left, height, width) of the centre square, or with rng of RandomResizedCrop: area
-    0.4-1 (App. A), width / height 3/4-4/3 (torchvision's); if ten miss, the centre's largest."""
+    """(top, left, height, width) of the centre square, or with rng of a RandomResizedCrop: area
+    0.4-1 (App. A), width / height 3/4-4/3 (as torchvision); after ten misses the largest centre."""
     for _ in range(10 if rng else 0):
         area = h * w * rng.uniform(0.4, 1.0)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -486,7 +486,7 @@ def crop_box(h, w, rng=None):
 
 
 def vocab_size(data):
-    """Ids of the tokenizer of a data set, rounded up to a multiple of 8, for GPUs' speed."""
+    """Number of ids of a data set's tokenizer, rounded up to a multiple of 8 for GPUs' speed."""
     ids = get_tokenizer().n_vocab if data == "procedural" else read_meta(data)["vocab_size"]
     return -(-ids // 8) * 8
 
@@ -519,7 +519,7 @@ class Loader:
         self.val_kinds = [x for kind in kinds for x in self.source.validated_as.get(kind, [kind])]
 
     def epochs(self, n_rows):
-        """{kind: how often the first n_rows rows of training read all its data}"""
+        """{kind: number of passes over its data in the first n_rows rows of training}"""
         return {kind: n_rows * share / 100 / self.source.n_rows(kind, "train")
                 for kind, share in self.shares.items()}
 
@@ -545,11 +545,11 @@ class Loader:
     def train_batches(self, first_step, last_step, rows_per_step, micro_rows, rank=0, ranks=1,
                       pin=False):
         """Iterator over the micro-batches of steps first_step .. last_step - 1 for this rank.
-        ranks * micro_rows divides rows_per_step."""
+        ranks * micro_rows must divide rows_per_step."""
         starts = range(first_step * rows_per_step + rank * micro_rows, last_step * rows_per_step,
                        ranks * micro_rows)
         workers = self.cfg.workers
-        if workers < 0:  # otherwise preparing would wait for the GPU and the GPU for preparing
+        if workers < 0:  # because without any, the GPU would wait while a batch is prepared
             workers = 4 if pin and self.cfg.data != "procedural" else 0
         # spawn, not fork, because the threads of torch and tiktoken do not survive a fork
         return iter(torch.utils.data.DataLoader(
@@ -561,7 +561,7 @@ class Loader:
 
     def val_batches(self, kind, micro_rows, rank=0, ranks=1):
         """This rank's share of the fixed validation rows of one kind. All ranks get the same number
-        of rows, the last perhaps an empty one, because FSDP would wait for a missing batch."""
+        of rows (the last may be an empty row), because FSDP would wait for a missing batch."""
         n = self.source.n_rows(kind, "val")
         mine = range(rank, -(-n // ranks) * ranks, ranks)
         for a in range(0, len(mine), micro_rows):

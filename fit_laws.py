@@ -26,7 +26,7 @@ Other laws and figures: python -m tools.laws_more, python -m tools.figures.
 # K starts or resamples.
 
 import os
-if __name__ == "__main__":  # before numpy comes: over so small arrays threads only wait
+if __name__ == "__main__":  # before numpy is imported, because threads only slow such small arrays
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
@@ -64,7 +64,7 @@ class Runs:
     vision: tuple = (0, 0, 1)  # late fusion (C.2): (rho, p, q) of D_v = rho D, N_v = exp(p) N^q
     floor: float = np.nan  # the true irreducible loss, where the data know it
 
-    # the procedural world, which alone knows its floor, is read in bytes
+    # only the procedural world knows its floor, and its tokens are bytes
     unit = property(lambda self: "nats a byte" if self.floor > 0 else "nats a token")
 
     def rows(self, keep):
@@ -91,7 +91,7 @@ class Runs:
 # Posed like this, the paper's own optimiser finds the minimum to 14 digits in 5 ms.
 
 DELTA = 1e-3  # of the Huber loss
-RIDGE = 1e5  # from this condition number on nothing says which model is best
+RIDGE = 1e5  # above this condition number the runs do not say which model is best
 NAMES = ("A", "B", "E", "alpha", "beta")  # coef (5,) holds ln A, ln B, ln E, alpha, beta
 DENSE = ((0, "N"), (1, "D"))  # for each slope its term and its variable
 
@@ -117,7 +117,7 @@ def build_problem(runs, delta=DELTA, slopes=DENSE, terms=3):
     for j, (term, variable) in enumerate(slopes, terms):
         x = np.log(getattr(runs, variable))
         centring[j, term] = x.mean()
-        if np.ptp(x) > 0.01:  # a constant variable has noise, but no slope
+        if np.ptp(x) > 0.01:  # a variable that is constant, but for noise, has no slope
             design[term, :, j] = x.mean() - x
     return Problem(design, np.log(runs.L), centring, delta)
 
@@ -142,7 +142,7 @@ def objective(theta, problem, weight=1.0):
 
 
 def minimise(problem, starts, weight=1.0, bounds=None):
-    """L-BFGS-B from each start (P,) -> scipy's best result: theta x, objective fun."""
+    """L-BFGS-B from each start (P,) -> scipy's best result: .x is theta, .fun the objective."""
     options = {"ftol": 1e-15, "gtol": 1e-10}
     found = [minimize(objective, start, (problem, weight), "L-BFGS-B",
                       jac=True, bounds=bounds, options=options) for start in starts]
@@ -154,7 +154,7 @@ def projected_starts(problem, *grids):
     and E, and we solve for them. Most of these starts lead to the best minimum. Most of the paper's
     1764 do not, and none leads to a better minimum."""
     T, starts = len(problem.design), []
-    least = 1e-3 * np.exp(problem.target.min())  # because ln 0 is no start
+    least = 1e-3 * np.exp(problem.target.min())  # nnls can give 0, and ln 0 is no start
     for slopes in product(*(grids or [np.geomspace(0.05, 2.5, 12)] * 2)):
         X = np.exp(problem.design[:, :, T:] @ slopes - problem.target)  # X.T @ (A, B, E) = 1
         linear = nnls(X.T, np.ones(X.shape[1]))[0]
@@ -222,8 +222,8 @@ def draw_weights(runs, count, seed):
 
 def bootstrap(runs, fit, weight):
     """Refit each resample of weight (K, n), starting at the full fit -> coef (K, 5).
-    Under 20 rows three more starts join in, because a resample often has another best minimum
-    there (one in eight at 16 rows, one in a hundred at 20)."""
+    Below 20 rows we try three more starts, because a small resample often has another best
+    minimum (one resample in eight does at 16 rows, one in a hundred at 20)."""
     problem = build_problem(runs)
     starts = [problem.theta(fit.coef)]
     if len(runs.N) < 20:
@@ -233,7 +233,7 @@ def bootstrap(runs, fit, weight):
 
 
 def interval(samples):
-    """(K,) bootstrap values -> [2.5 %, 97.5 %] of the finite ones; None where half are not."""
+    """(K,) bootstrap values -> [2.5 %, 97.5 %] of the finite ones; None if half are not finite."""
     x = samples[np.isfinite(samples)]
     return np.percentile(x, [2.5, 97.5]).tolist() if 2 * len(x) > len(samples) else None
 
@@ -242,7 +242,7 @@ def interval(samples):
 
 
 def predict(coef, N, D):
-    """Loss of coefficients (5,) at N and D of any shape; of (K, 5) at K of them."""
+    """Loss in nats. coef (5,) takes N and D of any shape; coef (K, 5) takes numbers or (K,)."""
     a, b, e, alpha, beta = np.transpose(coef)
     return np.exp(e) + np.exp(a - alpha * np.log(N)) + np.exp(b - beta * np.log(D))
 
@@ -253,13 +253,13 @@ def encoder(N, vision):
 
 
 def optimum(coef, C, vision=(0, 0, 1)):
-    """Best models for C FLOPs -> N, D, loss, like C or, of coefficients (K, 5), (K,); NaN if none.
+    """The best model for C FLOPs -> N, D, loss, shaped like C; for coef (K, 5), (K,); NaN if none.
     C = 6 (N_v D_v + N D) = 6 g N D, where g >= 1 is the encoder's part. At fixed C, a rise of
     ln N lowers ln D by s, so alpha A/N^alpha = s beta B/D^beta at the best N. Without an encoder
     g = s = 1. With one, g and s hardly depend on N, and repeating the formula finds them."""
     a, b, _, alpha, beta = np.transpose(coef)
     g = s = 1.0
-    with np.errstate(all="ignore"):  # an exponent below 0 makes it NaN
+    with np.errstate(all="ignore"):  # the log of an exponent below 0 is NaN
         odds = a - b + np.log(alpha) - np.log(beta)
         for _ in range(60):
             N = np.exp((odds - np.log(s) + beta * np.log(C / (6 * g))) / (alpha + beta))
@@ -272,7 +272,7 @@ def optimum(coef, C, vision=(0, 0, 1)):
 def derive(coef):
     """Coefficients (5,) or (K, 5) -> {name: value}, with a, b, d for C = 6 N D."""
     *logs, alpha, beta = np.transpose(coef)
-    with np.errstate(all="ignore"):  # an exponent can be 0, and A of a resample infinite
+    with np.errstate(all="ignore"):  # exponents can be 0, and a resample's A infinite
         a, d = beta / (alpha + beta), alpha / beta
         return dict(zip(NAMES, [*np.exp(logs), alpha, beta]), a=a, b=1 - a, d=d)
 
@@ -317,13 +317,13 @@ def read_rows(path):
     except (OSError, ValueError, csv.Error) as error:
         check(False, f"{path}: no readable table in UTF-8 ({error})")
     for row in rows:
-        for key in sorted(row, key=len, reverse=True):  # "tokens" rather than "d", a width
+        for key in sorted(row, key=len, reverse=True):  # "tokens" first: "d" may be a width
             row.setdefault(ALIASES.get(key.strip().lower(), key.strip()), row[key])
     return rows
 
 
 def json_row(line):
-    """A row; a killed run can leave a broken one."""
+    """A line -> its row (dict). A killed run can leave a broken line, which gets a status."""
     try:
         return {**json.loads(line)}
     except (ValueError, TypeError, RecursionError):
@@ -331,7 +331,7 @@ def json_row(line):
 
 
 def column(rows, name):
-    """The cells of a column; ends with the nearest name where there is no such column."""
+    """The cells of a column. SystemExit, with the nearest name, if there is no such column."""
     names = dict.fromkeys(key for row in rows for key in row)
     near = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean {near[0]}?" if near else "columns: " + ", ".join(names)
@@ -364,7 +364,7 @@ def select(rows, rule):
 
 
 def keep(rows, mask, reason, notes):
-    """The rows of the mask; a note says how many others there were, and why they left."""
+    """The rows where the mask is True. A note says how many others were left out, and why."""
     kept = [row for row, good in zip(rows, mask) if good]
     if len(kept) < len(rows):
         notes.append(f"{len(rows) - len(kept)} rows left out: {reason}")
@@ -385,7 +385,7 @@ def load(args):
 
 
 def make_runs(rows, name, loss, args, notes):
-    """Rows of one group, the column of its losses -> Runs. Equal N and D are seeds; all stay."""
+    """Rows of one group, column of losses -> Runs. Rows of equal N and D are seeds; all stay."""
     for key in ("N", "D", loss):
         column(rows, key)
         good = np.isfinite(positive(rows, key))
@@ -609,7 +609,7 @@ def parse_args(argv=None, manual=__doc__, switches=()):
 
 
 def write(path, save):
-    """save(path), whose folder is made before, or end in one line."""
+    """Makes the folder, then calls save(path). A failure ends the program in one line."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(path)

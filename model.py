@@ -3,8 +3,8 @@
 Dimensions: B rows, T positions of a row, W width, H heads, Hd head dim, F ffn hidden, L layers,
             I images in the batch, P patches of an image, V vocabulary, K text targets, E experts.
 
-We follow section 2 of "Scaling Laws for Native Multimodal Models" (arXiv 2504.07951). Where it is
-silent (norms, positions, initial weights, heads) we follow open_lm's DCLM, the decoder it cites.
+We follow section 2 of "Scaling Laws for Native Multimodal Models" (arXiv 2504.07951). Where the
+paper is silent (norms, positions, initial weights, heads) we follow DCLM, the decoder it cites.
 """
 import functools
 import math
@@ -24,16 +24,16 @@ from moe import MoE
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture. 0 means: choose for me, by a rule that is ours and not the paper's."""
-    fusion: Literal["early", "late"] = "early"  # raw patches, or first through a ViT
-    moe: Literal["none", "learned", "modality"] = "none"  # experts, by a router or by kind of token
+    fusion: Literal["early", "late"] = "early"  # the decoder reads raw patches, or a ViT's output
+    moe: Literal["none", "learned", "modality"] = "none"  # experts picked by a router or modality
     experts: int = 8  # experts of a learned MoE layer
     top_k: int = 1  # experts a token goes to
-    granularity: int = 1  # learned MoE: each expert's hidden size is the dense one divided by this
+    granularity: int = 1  # learned MoE: an expert has the dense layer's hidden size divided by this
     width: int = 48  # numbers in one hidden vector of the decoder
     depth: int = 4  # blocks of the decoder
-    heads: int = 0  # attention heads; 0: a head dim near 64
-    image_size: int = 32  # pixels of a side
-    patch_size: int = 8  # pixels of a side
+    heads: int = 0  # attention heads; 0: the number that makes a head dim near 64
+    image_size: int = 32  # pixels on a side of a square image
+    patch_size: int = 8  # pixels on a side of a square patch
     context: int = 128  # positions of a row, text tokens and patches
     vocab_size: int = 264  # ids the model can read and write
     mlp_multiple: int = 0  # ffn hidden is 8/3 width rounded up to this; 0: 256, small widths 16
@@ -80,8 +80,8 @@ def split_heads(width, heads=0):
 
 
 def ffn_hidden(width, multiple=0):
-    """SwiGLU's hidden size: 8/3 of the width, so that its three matrices cost what two of the usual
-    4 x width would, rounded up. Below width 512, multiples of 256 would be mostly rounding."""
+    """SwiGLU's hidden size: 8/3 width, because its three matrices then cost what the usual two of
+    4 x width do, rounded up. Below width 512, multiples of 256 would be mostly rounding."""
     multiple = multiple or (256 if width >= 512 else 16)
     return -(-int(8 * width / 3) // multiple) * multiple
 
@@ -143,7 +143,7 @@ def block_mask(doc, image_id):
 
 @functools.cache
 def block_mask_maker(compiled):
-    """create_block_mask. Uncompiled, it takes many small steps that hold all pairs at once."""
+    """create_block_mask, compiled on CUDA, because else each of many steps stores all pairs."""
     from torch.nn.attention.flex_attention import create_block_mask  # its import takes a second
     return torch.compile(create_block_mask) if compiled else create_block_mask
 
@@ -193,14 +193,14 @@ class Norm(nn.LayerNorm):  # as in DCLM; F.rms_norm is 6 times slower on a CPU w
 
 
 def init_weight(weight, fan_in, layer=None):
-    """As open_lm: normal of std 1/sqrt(fan_in), cut at 3 std. A matrix that writes to the residual
-    stream passes its layer, counted from 0, and its std is divided by sqrt(2 (layer + 1))."""
+    """As open_lm: a normal of std 1/sqrt(fan_in), truncated at 3 std. For a matrix that writes to
+    the residual stream, give its layer (from 0): its std is divided by sqrt(2 (layer + 1))."""
     std = fan_in ** -0.5 / (1 if layer is None else math.sqrt(2 * (layer + 1)))
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
 class Attention(nn.Module):
-    # Fusing q, k and v (or gate and up) would copy their gradients, up to 9 % of their time.
+    # One matrix for q, k and v (or gate and up) would copy its gradients, up to 9 % of its time.
     def __init__(self, width, head_dim, layer):
         super().__init__()
         self.heads = (-1, head_dim)
@@ -209,9 +209,9 @@ class Attention(nn.Module):
         self.out = Linear(width, width, layer)
 
     def forward(self, x, mask, rope, cache=None):
-        """x (B,T,W) -> (B,T,W). mask: (B,1,T,T) bool, or to be added to the logits, or a BlockMask,
-        or None = everyone may look at everything. cache: a list, at first empty, of this layer's
-        keys and values."""
+        """x (B,T,W) -> (B,T,W). mask: (B,1,T,T) bool, or numbers to add to the logits; a BlockMask;
+        or None = every position sees all. rope: (T,Hd/2,2), or None = no rotation. cache: a list of
+        this layer's keys and values, empty at first, which this call extends."""
         # QK-norm over the full width, before it is split into heads (DCLM), bounds the logits
         q = self.q_norm(self.q(x)).unflatten(-1, self.heads)                     # (B,T,H,Hd)
         k = self.k_norm(self.k(x)).unflatten(-1, self.heads)
@@ -239,7 +239,7 @@ class SwiGLU(nn.Module):
         self.w_gate, self.w_up = Linear(width, hidden), Linear(width, hidden)
         self.w_down = Linear(hidden, width, layer)
 
-    def forward(self, x, modality=None):  # modality and stats belong to MoE
+    def forward(self, x, modality=None):  # only MoE uses modality and has stats
         hidden = F.silu(self.w_gate(x)) * self.w_up(x)                           # (B,T,F)
         return self.w_down(hidden), None                                         # (B,T,W)
 
@@ -260,7 +260,7 @@ class Block(nn.Module):
 
     def forward(self, x, mask=None, rope=None, modality=None, cache=None):
         """x (B,T,W), modality (B,T) 0 text, 1 image, -1 padding -> x (B,T,W), MoE stats or None.
-        Stored stats would count twice, because checkpointing runs a block twice."""
+        Stats are returned and not stored, because checkpointing runs a block twice."""
         x = x + self.attention(self.attention_norm(x), mask, rope, cache)
         y, stats = self.ffn(self.ffn_norm(x), modality)
         return x + y, stats
@@ -323,7 +323,7 @@ class Model(nn.Module):
     def embed(self, batch):
         """-> (B,T,W): the patch's embedding at patches, the token's elsewhere. Both always run (a
         text-only batch has a dummy image), because DDP would wait for a missing gradient."""
-        # in fp32, because a frequent token's gradient has thousands of terms (FSDP's table is bf16)
+        # fp32 (FSDP's table is bf16), because a frequent token's gradient sums thousands of terms
         tokens = gather(self.embedding.weight.float(), batch["tokens"]).to(self.dtype)  # (B,T,W)
         if "images" not in batch:  # generate() past its prompt
             return tokens
@@ -339,7 +339,7 @@ class Model(nn.Module):
         if self.flex and not dense:
             return block_mask(doc, image_id)
         mask = attention_mask(doc, image_id)                                     # (B,1,T,T)
-        if mask.device.type == "cpu":  # or every layer would turn bools into numbers again
+        if mask.device.type == "cpu":  # else every layer would convert the bools again
             mask = torch.zeros(mask.shape, dtype=self.dtype).masked_fill(~mask, -math.inf)
         return mask
 
@@ -387,7 +387,7 @@ class Model(nn.Module):
                 "N_nonembedding": inner}
 
     def flops(self, D, D_vision=0):
-        """Training FLOPs (paper, Table 1): 6 (N_v D_v + N D) for D tokens, D_v of them patches."""
+        """Training FLOPs (paper, Table 1): 6 (N_v D_v + N D); D_v of the D tokens are patches."""
         n = self.num_params()
         return 6 * (n["N_vision"] * D_vision + n["N"] * D)
 
@@ -432,10 +432,10 @@ def gather(table, index):
 
 
 def head_loss(x, weight, targets, max_logits=2 ** 27):
-    """x (K,W), weight (V,W), targets (K,) int64 -> sum () and losses (K,), detached, float32 nats.
-    Above K * V = max_logits it works in chunks, whose logits the backward pass computes again: at
-    V = 50432, logits, softmax and gradient would be the largest tensors of a micro-batch."""
-    weight = weight.float()  # FSDP's is bf16, in which a sum of 64 chunks was wrong by 1 %
+    """x (K,W), weight (V,W), targets (K,) int64 -> their sum () and the losses (K,), detached, in
+    float32 nats. If K * V > max_logits it works in chunks and computes their logits again in the
+    backward pass, because at V = 50432 the logits would be a micro-batch's largest tensors."""
+    weight = weight.float()  # FSDP's is bf16, in which 64 chunks' gradient was wrong by 1 %
     rows = max(1, max_logits // len(weight))
 
     def losses_of(x, targets):
@@ -452,9 +452,9 @@ def head_loss(x, weight, targets, max_logits=2 ** 27):
 
 @torch.inference_mode()  # a sixth faster than no_grad for a small model
 def generate(model, parts, max_new_tokens, stop=None, n_vocab=None, choose=torch.argmax):
-    """Continues a prompt with a KV cache -> the new ids, which end before the id `stop`, or where
-    the context ends. parts: lists of ids and images in any order, an image as uint8 (P,patch_dim).
-    choose: logits (V,) -> an id. Ids from n_vocab on only pad the vocabulary and are left out."""
+    """Continues a prompt with a KV cache -> list of new ids; it ends before the id `stop`, or where
+    the context is full. parts: lists of ids, and images uint8 (P,patch_dim), in any order. choose:
+    logits (V,) -> id; ids from n_vocab on are padding. ValueError without a prompt or room."""
     batch = prompt_batch(parts, model.cfg, model.rope.device)
     length, context = batch["tokens"].shape[1], model.cfg.context
     if not 0 < length < context:
@@ -487,20 +487,20 @@ def prompt_batch(parts, cfg, device):
 
 
 def read_checkpoint(source, take):
-    """-> take(the checkpoint, a dict on the CPU). source: a run's directory or a .pt file."""
+    """A run's directory or .pt file -> take(its checkpoint, a dict on the CPU), or SystemExit."""
     path = Path(source, "ckpt.pt" if Path(source).is_dir() else "")
     if not path.is_file():
         runs = sorted(path.parent.glob("*/ckpt.pt"))
         hint = ", ".join(str(p.parent) for p in runs[:9])
         raise SystemExit(f"{path} does not exist: name a run of train.py ({hint or 'none here'})")
     try:  # weights_only, because a file from elsewhere must not run code
-        # mmap reads what is used: to size a run from weights, a few kB of many GB. But Windows
-        # would not let the run write its next checkpoint over a file that is mapped.
+        # mmap reads only what is used, which is a few kB of many GB if only sizes are asked for.
+        # But Windows would not let the run write its next checkpoint over a file that is mapped.
         ckpt = torch.load(path, map_location="cpu", weights_only=True,
                           mmap=sys.platform != "win32" and str(path).isprintable())
         if "config" in ckpt:
             return take(ckpt)
-    except (Exception, SystemExit) as error:  # ModelConfig raises the latter, a foreign file any
+    except (Exception, SystemExit) as error:  # ModelConfig raises SystemExit, a foreign file any
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise SystemExit(f"{path} is not a checkpoint of this code ({reason}): "
                          "train again without it, or in another --out") from None
@@ -510,8 +510,8 @@ def read_checkpoint(source, take):
 
 def adopt(model, weights, part, source):
     """Copies weights (name -> tensor) into a part of the model: "vision", the parameters that start
-    with "vision.", or "decoder", all others. The program ends before anything is copied where a
-    name or shape differs. The number of heads shows in no shape: take it from the config."""
+    with "vision.", or "decoder", all others. SystemExit, before anything is copied, if a name or
+    shape differs. No shape shows the number of heads, so the caller takes it from the config."""
     def shapes(tensors):
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()
                 if name.startswith("vision.") == (part == "vision")}

@@ -3,8 +3,8 @@
 Dimensions: B rows, T positions, N = B*T tokens, W width, F ffn hidden, E experts,
             K experts a token (top_k), S = N*K slots (a slot is one token at one expert).
 
-The paper's MoE (section 4) is the dropless one of MegaBlocks in every layer: experts have no
-capacity, so no token is dropped. train.py weights the load-balancing loss by the paper's 0.01.
+The paper's MoE (section 4) is MegaBlocks' dropless MoE in every layer: an expert has no capacity
+limit, so no token is dropped. train.py weights the load-balancing loss by the paper's 0.01.
 """
 from typing import NamedTuple
 
@@ -30,12 +30,12 @@ class MoE(nn.Module):
     modality: 0 text, 1 image, -1 padding. Padding runs like text, because then no shape depends on
     the data. The balance loss and the counts leave it out, or they would measure packing.
 
-    One 3-D tensor holds a weight of all experts, so that an expert without tokens has a gradient
-    of zero instead of none, and DDP never waits for it."""
+    One 3-D tensor holds a matrix of all experts, because an expert without tokens then has a
+    gradient of zero; if it had none, DDP would wait for it."""
 
     def __init__(self, width, hidden, layer, experts, top_k=1, routing="learned"):
         super().__init__()
-        self.learned, self.loop = routing == "learned", False  # loop: never grouped_mm
+        self.learned, self.loop = routing == "learned", False  # loop = True: never grouped_mm
         self.looped = looped_experts  # train.py keeps torch.compile out of it
         self.experts, self.top_k = (experts, top_k) if self.learned else (2, 1)
 
@@ -87,8 +87,8 @@ class MoE(nn.Module):
 
 
 class Reorder(torch.autograd.Function):
-    """x (S,W), index (S,) a permutation of its rows and its inverse (S,) -> x[index]. Autograd
-    would add the gradients row by row into zeros; for a permutation it is enough to gather them."""
+    """x (S,W), index (S,) a permutation of its rows, inverse (S,) which undoes it -> x[index].
+    Autograd would add gradients into zeros row by row; gathering by the inverse is enough here."""
 
     @staticmethod
     def forward(ctx, x, index, inverse):
@@ -102,9 +102,9 @@ class Reorder(torch.autograd.Function):
 
 
 def route(x, router, top_k):
-    """x (N,W), router (E,W) -> gates (N,K) fp32, chosen (N,K) int64, probs (N,E) fp32. In bf16
-    nearly equal experts would tie, and the choice between them would be noise. (With --shard on
-    CUDA the router itself comes rounded to bf16; its products are still fp32.)"""
+    """x (N,W), router (E,W) -> gates (N,K) fp32, chosen (N,K) int64, probs (N,E) fp32. It computes
+    in fp32, because in bf16 nearly equal experts would tie and the choice would be noise. (With
+    --shard on CUDA the router's weights arrive rounded to bf16; the products are still fp32.)"""
     probs = F.linear(x.float(), router.float()).softmax(-1)                      # (N,E)
     gates, chosen = probs.topk(top_k, dim=-1)                                    # (N,K)
     return gates, chosen, probs
@@ -124,9 +124,9 @@ def load_balancing_loss(load, probs) -> torch.Tensor:
 
 
 def grouped_mm_is_fast(x, w_down):
-    """Whether torch has its own kernel for grouped_mm here: bf16 on Hopper, from torch 2.10 on,
-    rows of a multiple of 16 bytes. Elsewhere it is no faster than our loop, and on Blackwell an
-    idle expert makes its gradients wrong (pytorch issue 172439). tools.check compares the two."""
+    """Whether torch has a fast grouped_mm here. It needs bf16, a Hopper GPU, torch 2.10 or later,
+    and rows of a multiple of 16 bytes. Elsewhere our loop is as fast, and on Blackwell an expert
+    without tokens makes gradients wrong (pytorch issue 172439). tools.check compares the two."""
     if not (x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")):
         return False
     aligned = all(size % 8 == 0 for size in w_down.shape[1:])  # 8 numbers of 2 bytes
@@ -145,7 +145,7 @@ def grouped_experts(x, w_gate, w_up, w_down, load):
 
 
 def looped_experts(x, w_gate, w_up, w_down, load):
-    """The same, one expert after another. On a GPU tolist() waits for the device."""
+    """What grouped_experts does, one expert after another. On CUDA tolist() waits for the GPU."""
     outputs, slices = [], x.split(load.tolist())
     for part, gate, up, down in zip(slices, w_gate, w_up, w_down):
         hidden = F.silu(F.linear(part, gate)) * F.linear(part, up)               # (load_e,F)

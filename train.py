@@ -6,9 +6,9 @@
     python train.py --dry-run --gpus 8xh100x0.4x2.5 --preset 932m --data data/real --tokens 5B
 
 Budgets (--tokens) share one trunk at constant learning rate and branch off it for their cooldowns
-(Haegele et al. 2024; paper, section 3). A run that is finished is skipped, one that was
-interrupted goes on where it stopped, and a longer budget starts from the trunk of a shorter one.
---dry-run only says what a run takes on --gpus NUMBERxCARDxMFUxDOLLARS. For many runs: tools.sweep.
+(Haegele et al. 2024; paper, section 3). A finished run is skipped, an interrupted run goes on
+where it stopped, and a longer budget starts from the trunk of a shorter one. --dry-run prints the
+time and price of a run on --gpus NUMBERxCARDxMFUxDOLLARS. tools.sweep trains many runs.
 """
 import argparse
 import ast
@@ -50,13 +50,13 @@ from data import DataConfig, Loader, check, patchify, read_meta, vocab_size
 from model import (PRESETS, Block, Model, ModelConfig, adopt, flex_fits, generate,
                    read_checkpoint, split_heads, training_memory)
 
-# Fields that say how or where a run is computed, not what: they are no part of its identity.
+# Fields that say how or where a run is computed, which a checkpoint may differ in.
 HOW = ("out", "data", "preset", "tokens", "micro_rows", "eval_every", "save_every", "device",
        "compile", "attention", "experts_by", "shard", "workers", "checkpointing")
-IGNORED = (*HOW, "tokenizer")  # in a config: the path of a tokenizer moves with the data
+IGNORED = (*HOW, "tokenizer")  # a tokenizer's path changes when its data move
 SIZES = {name: {**size, "augment": True, "flip": True} for name, size in PRESETS.items()} | {
     "laptop": dict(tokens_per_step=512, vision_lr=1.0)}
-# Published dense bf16 FLOP/s and memory in bytes, to tell MFU and to plan.
+# Published dense bf16 FLOP/s, and memory in bytes, for the MFU and for --dry-run.
 CARDS = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
 source_of = functools.cache(inspect.getsource)  # 50 ms that each job of a sweep would pay
 
@@ -68,13 +68,13 @@ class TrainConfig:
     out: str = "runs/demo"  # folder of the study: results.jsonl and one folder a run
     preset: str = "laptop"  # laptop, or a size of the paper: early 275m .. 8.13b, late 289m .. 3.7b
     init: str = ""  # start from the weights in this run folder; {seed} = the new run's (3.3, B.7)
-    init_vision: str = ""  # late fusion: start from the encoder of this run (B.7)
-    tokens: str = "3M"  # D, training tokens, as 500K or 2B; several, as 1M,2M, share a trunk
-    tokens_per_step: int = 2048 * 1024  # over all ranks, laptop 512; accumulation is derived
-    micro_rows: int = 0  # rows at once on a device; 0 = what memory should allow
-    lr: float = 0.0  # peak learning rate; 0 = by width: Table 6; laptop .768 / W^1.5, late .096 / W
-    vision_lr: float = 0.01  # late fusion: the encoder's share of it (App. A), laptop 1; 0 = frozen
-    warmup: int = 0  # steps; 0 = the paper's 1000 to 5000 by the shortest budget, laptop 64
+    init_vision: str = ""  # late fusion: start from the encoder in this run folder (B.7)
+    tokens: str = "3M"  # D, training tokens, as 500K or 2B; budgets such as 1M,2M share a trunk
+    tokens_per_step: int = 2048 * 1024  # tokens in a step, summed over all ranks; laptop 512
+    micro_rows: int = 0  # rows that a device computes at once; 0 = what its memory should allow
+    lr: float = 0.0  # peak learning rate; 0 = by width W: Table 6; laptop .768/W^1.5, late .096/W
+    vision_lr: float = 0.01  # late: the encoder's share of --lr (App. A); laptop 1; 0 = frozen
+    warmup: int = 0  # steps; 0 = the paper's 1000 to 5000, from the shortest budget; laptop 64
     cooldown: float = 0.2  # final share of the steps, in which the rate falls to 0
     weight_decay: float = 1e-4  # per step at the peak rate (fully decoupled; paper, App. A)
     grad_clip: float = 1.0  # norm of the gradient; 0 = no clipping
@@ -108,7 +108,7 @@ class Run:
     data: DataConfig
     train: TrainConfig
     steps: int
-    branch: int  # first step of the cooldown: up to here, the run is the trunk of longer ones
+    branch: int  # first step of the cooldown; before it, the run is the trunk of longer budgets
     name: str
     folder = property(lambda self: Path(self.train.out) / self.name)
 
@@ -134,7 +134,7 @@ def make_runs(given):
     start from, these override the preset, and all other fields are derived or defaults."""
     asked = config_of(TrainConfig, given)
     data = given.get("data", DataConfig.data)
-    if data != DataConfig.data:  # a run is known by what is packed, wherever that lies
+    if data != DataConfig.data:  # the run's name depends on what the folder holds
         given = {**given, "contents": read_meta(data)["contents"]}
     # a preset's lr and encoder belong to its own width, so they are derived from the final width
     preset, known = SIZES[asked.preset], {**sizes_of_weights(asked, given), **given}
@@ -142,14 +142,14 @@ def make_runs(given):
     values = {**preset, "lr": 0.0, **own, **known}
     check(values.get("fusion") == "late" or not asked.init_vision,
           "--init-vision: only late fusion has an encoder; add --fusion late")
-    for path in {*asked.sources().values()}:  # and by weights to start from, which may change
+    for path in {*asked.sources().values()}:  # the name depends on initial weights, too
         given = {**given, path: read_checkpoint(path, lambda saved: zlib.crc32(
             saved["model"]["blocks.0.attention.q.weight"].numpy()))}
-    # presets have the paper's vocabulary; data whose tokenizer has more ids than that get theirs
+    # a preset has the paper's vocabulary, which a tokenizer with more ids enlarges
     values["vocab_size"] = max(values.get("vocab_size", 0), vocab_size(data))
     runs = sorted((make_run({**values, "tokens": tokens}, given) for tokens in
                    dict.fromkeys(asked.tokens.split(","))), key=lambda run: run.steps)
-    warmup = runs[0].train.warmup  # for all: otherwise budgets of a preset would share no trunk
+    warmup = runs[0].train.warmup  # the same for all budgets, or they would share no trunk
     return [replace(run, train=replace(run.train, warmup=warmup)) for run in runs]
 
 
@@ -175,8 +175,8 @@ def make_run(values, given):
 
 
 def config_of(kind, values):
-    """A config of this kind from those of the values that are its fields. Counts that have a
-    default of 1 or more are at least 1, other numbers 0, and --workers -1."""
+    """-> a config of this kind, from the values that are its fields. SystemExit for a count below 1
+    (if its default is 1 or more), for --workers below -1 and for any other number below 0."""
     own = {field: values[field.name] for field in fields(kind) if field.name in values}
     for field, value in own.items():
         least = min(field.default, 1) if isinstance(field.default, int) else 0
@@ -186,8 +186,8 @@ def config_of(kind, values):
 
 
 def sizes_of_weights(asked, given):
-    """The model fields that the weights to start from decide. SystemExit where other flags say
-    otherwise and no shape of a parameter would show it."""
+    """-> {model field: value}, as the weights to start from need them. SystemExit if other flags or
+    the data contradict them where no shape of a parameter would show it."""
     path = asked.sources().get("decoder")
     if not path:
         return {}
@@ -220,8 +220,8 @@ def default_lr(model, preset):
 
 
 def paper_warmup(steps, moe):
-    """App. A: 1000 steps for runs of up to 4000, 2500 up to 15000, else 5000; for MoE 2500
-    below 20000. Half of the run where that is longer than all of it: ours, for small budgets."""
+    """App. A: 1000 steps for runs of up to 4000, 2500 up to 15000, else 5000; for MoE 2500 below
+    20000, else 5000. If the run is shorter than its warmup, half of the run (a rule of ours)."""
     limits = ((19999, 2500),) if moe else ((4000, 1000), (15000, 2500))
     warmup = next((warmup for most, warmup in limits if steps <= most), 5000)
     return warmup if warmup <= steps else max(1, steps // 2)
@@ -272,8 +272,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser, config):
-    """One flag for each field of a config; the comment behind the field is the help. Flags that are
-    not given come out as nothing at all, so that presets can tell them from defaults."""
+    """One flag for each field of a config; the comment behind the field is the help. A flag that is
+    not given has no value at all, because otherwise its default would override the preset."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source_of(config), re.MULTILINE))
     how = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": whole_number}}
     group = parser.add_argument_group(config.__name__, config.__doc__)
@@ -328,7 +328,7 @@ class Machine:
                           f"{name.split(':')[0]} x{torch.get_num_threads()} threads")
         if machine.is_cuda:
             torch.cuda.set_device(machine.device)
-            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans a second for each new shape
+            torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans 1 s for each new shape
             card = torch.cuda.get_device_properties(machine.device)
             peak = next((peak for known, (peak, _) in CARDS.items() if known in card.name), 0)
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -363,11 +363,11 @@ class Machine:
 
 @contextlib.contextmanager
 def only_process(folder, task):
-    """Makes this folder, and keeps others out of it until the process leaves or ends, however that
-    happens. SystemExit, one line, where another is in it."""
+    """Makes this folder and locks it against other processes until this one leaves or ends, even by
+    a crash. SystemExit if another process holds the lock."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "w", encoding="utf-8") as file:
-        # Windows has no such module, and some disks of clusters have no locks
+        # Windows has no fcntl, and some disks of clusters have no locks
         with contextlib.suppress(ImportError, OSError):
             import fcntl
             try:
@@ -392,8 +392,8 @@ def write_whole(path, write):
 
 
 def finished(out, tell=False):
-    """{run name: its row of OUT/results.jsonl}. What is no row, such as the partial line that a
-    full disk leaves, is passed over, and named if `tell`."""
+    """{run name: its row of OUT/results.jsonl}. A line that is no row, such as the partial line
+    that a full disk leaves, is skipped, and with `tell` its number is printed."""
     path, rows, broken = Path(out) / "results.jsonl", {}, []
     lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else ()
     for number, line in enumerate(lines, 1):
@@ -432,21 +432,21 @@ class Trainer:
 
     def __init__(self, run, machine):
         self.run, self.machine, self.step = run, machine, 0
-        self.rows, self.accumulation = machine.share(divide_step(run, machine))  # rank 0's
+        self.rows, self.accumulation = machine.share(divide_step(run, machine))  # rank 0 decides
         torch.manual_seed(run.train.seed)  # the same weights on every rank and device
         self.model = Model(run.model)
         self.adopt_weights()
         if not run.train.shard:  # FSDP moves one block after the other
             self.model.to(machine.device)
         self.model.dtype = machine.dtype
-        # auto: on a CPU, compiling gains 1 to 4 % of a step for 45 s (results/speed.md)
+        # auto: not on a CPU, where it takes 45 s to gain 1 to 4 % of a step (results/speed.md)
         self.compiled = {"on": True, "off": False, "auto": machine.is_cuda}[run.train.compile]
         if self.compiled:
             compile_blocks(self.model)
         self.model.flex = (self.compiled and run.train.attention == "auto"
                            and flex_fits(run.model, machine.dtype))
         for block in self.model.blocks:
-            block.ffn.loop = run.train.experts_by == "loop"  # of a mixture of experts
+            block.ffn.loop = run.train.experts_by == "loop"  # only MoE reads it
         self.forward = distribute(self.model, run.train.shard, machine)
         self.optimizer = make_optimizer(self.model, run.train, machine)  # not before sharding
         self.loader = Loader(run.data, run.train.seed, run.model)
@@ -456,7 +456,7 @@ class Trainer:
         self.config = {"model": asdict(run.model), "data": data, "train": asdict(run.train),
                        "made": {"code": code_version()}}
         self.stop = StopSignal()  # this process was asked to stop
-        self.stopped = False  # this rank or another was, and all of them know it
+        self.stopped = False  # any rank was asked to stop, and all ranks know it
         self.clock = None  # end of the last step; the first, which compiles, is not timed
         self.val = {}  # the last validation
         self.stats = dict.fromkeys("padding D_vision targets_per_token timed spent".split(), 0)
@@ -520,8 +520,8 @@ class Trainer:
         return found
 
     def save(self, name):
-        """Writes ckpt.pt, from which the run goes on, or trunk.pt, from which longer runs do. It is
-        the same file whether one process, DDP or FSDP writes it."""
+        """Writes ckpt.pt, from which the run goes on, or trunk.pt, from which longer budgets start.
+        The file is the same whether one process, DDP or FSDP writes it."""
         if not self.step:  # nothing is lost, and Adam has no moments yet
             return
         options = StateDictOptions(full_state_dict=True, cpu_offload=self.run.train.shard)
@@ -531,14 +531,14 @@ class Trainer:
         if self.machine.rank == 0:
             state["log"] = (self.run.folder / "log.jsonl").read_text("utf-8", "replace")
             write_whole(self.run.folder / name, functools.partial(torch.save, state))
-        if self.machine.ranks > 1:  # torchrun would end rank 0 while it writes, were another gone
+        if self.machine.ranks > 1:  # if another rank ended, torchrun would end rank 0 as it writes
             dist.barrier()
         self.clock = time.perf_counter()  # checkpoints do not count as training, either
 
     def restore(self, path):
-        """Takes over the state of a checkpoint and the log in it. They may be of another budget,
-        because the first steps of the trunk are this run's too. Only rank 0 reads, because other
-        machines need not have the file."""
+        """Takes over the state and the log of a checkpoint, which may be another budget's, because
+        the budgets share the steps of the trunk. Only rank 0 reads, because other machines need not
+        have the file."""
         weights, moments = {}, {}
         if self.machine.rank == 0:
             parts = ("model", "optimizer", "step", "stats", "config", "log")
@@ -556,7 +556,7 @@ class Trainer:
         options = StateDictOptions(full_state_dict=True,
                                    broadcast_from_rank0=self.machine.ranks > 1)
         set_model_state_dict(self.model, weights, options=options)
-        weights.clear()  # by now a copy on the GPU, where the moments will need the room
+        weights.clear()  # by now a copy on the GPU, and the moments need the room
         set_optimizer_state_dict(self.model, self.optimizer, moments, options=options)
 
     def changed(self, config):
@@ -609,7 +609,7 @@ class Trainer:
 
 def distribute(model, shard, machine):
     """-> the module to call in training. DDP holds the model on each rank. FSDP2 (shard) divides
-    weights, gradients and moments, and gathers each block when it runs: for what DDP cannot hold.
+    weights, gradients and moments for large models, and gathers each block when it runs.
     Inputs keep their dtype, because RoPE's angles in bf16 would not tell positions apart."""
     if shard:
         check(machine.ranks > 1, "--shard divides a model over several GPUs: start it by torchrun")
@@ -652,8 +652,8 @@ def rate_at(step, run):
 
 
 def divide_step(run, machine):
-    """(rows of a micro-batch, micro-steps). Rows are the most that divide the rank's share of a
-    step and fit in memory."""
+    """-> (rows of a micro-batch, micro-steps). It takes the most rows that divide the rank's share
+    of a step and fit in memory. SystemExit if none does."""
     rows, context = run.train.tokens_per_step // run.model.context, run.model.context
     check(rows % machine.ranks == 0, f"{rows} rows a step cannot be shared by {machine.ranks} "
           f"ranks: make --tokens-per-step a multiple of {machine.ranks * context}")
@@ -664,7 +664,7 @@ def divide_step(run, machine):
         limit = rows_that_fit(run.model, machine, run.train.shard)
         check(limit >= 1, f"{run.name} does not fit in {machine.memory / 1e9:.0f} GB: "
               + what_would_fit(run, machine))
-    else:  # a CPU's cache likes it small, and 2 GB of fp32 activations are enough
+    else:  # small batches stay in a CPU's cache, and 2 GB of activations are enough
         layers = 2 if run.model.checkpointing else run.model.depth
         limit = int(min(8192, 2e9 / (160 * run.model.width * layers))) // context
     micro_rows = max(n for n in range(1, share + 1) if share % n == 0 and n <= max(1, limit))
@@ -692,7 +692,7 @@ def what_would_fit(run, machine):
 @torch.no_grad()
 def evaluate(trainer):
     """{loss_caption, ..., loss, floor_caption, ...}: text cross-entropy in nats a token over the
-    fixed validation rows of each kind, and the mean over kinds (Table 1); a share a rank."""
+    fixed validation rows of each kind, and the mean over kinds (Table 1). Ranks share the rows."""
     machine, loader, kinds, result = trainer.machine, trainer.loader, trainer.loader.val_kinds, {}
     names = ("loss", "floor") if loader.source.knows_floor else ("loss",)
     trainer.model.eval()
@@ -771,10 +771,10 @@ def train(trainer):
 def forward_and_backward(trainer, batches):
     """The micro-steps of one step. Gradients of the *sum* of the token losses add up in .grad,
     because a mean over micro-batches of unequal numbers of targets would weigh their tokens
-    unequally; they go between ranks with the last micro-step only. Returns (6,), over micro-steps
-    and ranks: sums of loss and load_balancing_loss, targets, tokens (padding left out), image
-    positions, ranks that were asked to stop. None if this process is alone and was asked to stop:
-    then the step is done again after a restart."""
+    unequally; ranks exchange them in the last micro-step only (FSDP: in each). Returns (6,), summed
+    over micro-steps and ranks: loss, load_balancing_loss, targets, tokens (padding left out), image
+    positions, ranks that were asked to stop. Returns None if this process is alone and was asked to
+    stop, because a restart does the whole step again."""
     machine, loads = trainer.machine, 0
     totals = torch.zeros(6, device=machine.device)
     # train() divides all gradients by the targets, but balance must be divided by the tokens. So we
@@ -784,7 +784,7 @@ def forward_and_backward(trainer, batches):
         if trainer.stop.asked and machine.ranks == 1:
             return None
         batch = to_device(next(batches), machine)
-        # FSDP sends gradients every time, because nobody could hold them whole
+        # FSDP sends gradients every time, because no rank could hold all of them
         wait = i < trainer.accumulation - 1 and hasattr(trainer.forward, "no_sync")
         with trainer.forward.no_sync() if wait else contextlib.nullcontext():
             out = trainer.forward(batch)
@@ -803,7 +803,7 @@ def forward_and_backward(trainer, batches):
 
 
 def notes(run, memory, loader):
-    """What is legal, but perhaps not meant (list of str)."""
+    """-> list of str, notes on settings that are legal, but perhaps not meant."""
     cfg, model, stored = run.train, run.model, loader.source.stored_size
     asked, rows = whole_number(cfg.tokens), run.steps * cfg.tokens_per_step // model.context
     often = [f"{kind} {n:.1f}" for kind, n in loader.epochs(rows).items() if n > 4]
@@ -824,8 +824,8 @@ def notes(run, memory, loader):
 
 
 def compile_blocks(model):
-    """Compiles each block, not the model: seconds of start-up instead of minutes, and the head's
-    changing number of targets recompiles nothing."""
+    """Compiles each block and not the model, because that takes seconds instead of minutes, and the
+    head's changing number of targets then recompiles nothing."""
     torch.compiler.reset()  # otherwise a later budget finds the cache full and runs uncompiled
     gc.collect()  # the last budget's compiled model is a reference cycle, and would fill the GPU
     # All blocks share one cache, and late fusion has 6 graphs (encoder, decoder; training, not).
@@ -835,7 +835,7 @@ def compile_blocks(model):
     for module in model.modules():
         if isinstance(module, Block):
             module.compile()
-        if hasattr(module, "loop"):  # an expert that is idle for once would make another graph
+        if hasattr(module, "loop"):  # a step without tokens for an expert would make a new graph
             module.looped = torch.compiler.disable(module.looped)
 
 
@@ -903,7 +903,7 @@ def show_sample(trainer):
     """Prints what the data say of a held-out picture, and what the model says."""
     source, cfg, say = trainer.loader.source, trainer.run.model, trainer.machine.say
     if "caption" not in trainer.loader.val_kinds or trainer.run.train.shard:
-        return  # FSDP hands a block a copy of its cache, in which nothing is kept
+        return  # FSDP gives a block a copy of the cache, so ours would stay empty
     row, stop = source.val_row("caption", 0), source.encoding.eot_token
     image = torch.from_numpy(patchify(row.images[0], cfg.patch_size))  # (patches, patch_dim)
     truth = itertools.takewhile(lambda token: token not in (stop, -1), row.target[cfg.n_patches:])
@@ -936,7 +936,7 @@ def train_one(run, machine):
 
 
 def main(argv):
-    """Trains what is not finished, first the shortest for its trunk. Returns the exit status."""
+    """Trains unfinished runs, the shortest first, because others use its trunk -> exit status."""
     if "--dry-run" in argv:  # a tool answers, because it trains nothing
         tool = Path(__file__).with_name("tools") / "plan.py"
         check(tool.is_file(), f"--dry-run needs {tool}, which is not there")
@@ -961,7 +961,7 @@ def main(argv):
         except OSError as error:
             raise SystemExit(f"{error.filename or run.folder}: {error.strerror or error}; make "
                              "room, and the same command goes on, or name another --out") from None
-        except Exception:  # what a traceback keeps would keep the loader's workers, for ever
+        except Exception:  # a traceback that lives on would keep the loader's workers alive
             sys.excepthook(*sys.exc_info())
             raise SystemExit(1) from None
         if status:
@@ -969,7 +969,7 @@ def main(argv):
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
-        os._exit(status)  # a Python that ends would abort where a thread of gloo holds a tensor
+        os._exit(status)  # a normal exit would abort if a thread of gloo holds a tensor
     return status
 
 

@@ -3,8 +3,8 @@
     python world.py                  a document of each kind, with the nats of each choice beside it
     python world.py text --seed 3
 
-A language model can only be judged against the best possible one if somebody knows what that one
-would score. Here we do, because every choice that a text reveals is drawn with a known probability.
+A language model can be judged against the best possible model only if somebody knows the loss of
+the best one. Here we do, because every choice that a text reveals has a known probability.
 """
 import argparse
 import bisect
@@ -13,7 +13,7 @@ import random
 
 import numpy as np
 
-COLOURS = {  # all brighter than the ground: one linear layer can see a shape whatever its colour
+COLOURS = {  # brighter than the background, so that one linear layer sees a shape of any colour
     "red": (250, 90, 90), "green": (90, 250, 90), "blue": (90, 90, 250), "white": (250, 250, 250),
     "yellow": (250, 250, 90), "pink": (250, 90, 250), "cyan": (90, 250, 250),
     "orange": (250, 170, 90),
@@ -26,7 +26,7 @@ ACTS = ("left", "came", "turned", "moved")
 # kind of document, a choice that nobody charges, and the floor would be too low.
 KINDS = ("caption", "interleaved", "text", "conversation")
 QUESTIONS = ("colour", "count", "relation", "compare")  # the kinds of conversation
-GRID = 4  # a scene is GRID x GRID cells: with S / patch_size = 4, one patch sees a whole thing
+GRID = 4  # a scene has GRID x GRID cells; if S / patch_size is 4, too, a patch is one cell
 
 
 class Question(str):
@@ -49,14 +49,14 @@ class Writer:
     was drawn to the next text that is added. Choices that an image has already shown are not
     charged because the reader can see them. So the sum of the charges is -log p(text | images),
     exactly, provided that two different choices never give the same text. Every sentence below
-    keeps to that."""
+    obeys this condition."""
 
     def __init__(self, rng):
         self.rng, self.parts = rng, []
-        self.costs = [0.0]  # nats of each part, and last of what comes next: at the end, to stop
+        self.costs = [0.0]  # nats of each part; the last entry is for the next text or the end
 
     def choose(self, probabilities):
-        """The index drawn from a list of probabilities. It is charged."""
+        """Draws an index from a list of probabilities, and charges it."""
         u, i = self.rng.random(), 0
         while i < len(probabilities) - 1 and u >= probabilities[i]:
             u, i = u - probabilities[i], i + 1
@@ -67,7 +67,7 @@ class Writer:
         self.costs[-1] -= float(np.log(probability))
 
     def add(self, part):
-        self.parts.append(part)  # an image is never predicted: what is charged waits for a text
+        self.parts.append(part)  # an image is never predicted, so a charge waits for a text
         self.costs.insert(len(self.costs) if isinstance(part, str) else -1, 0.0)
 
 
@@ -76,14 +76,14 @@ class World:
 
     Things are met with Zipfian frequency, so that there is always a rarer name, sprite or fact left
     to learn. That is what makes the loss fall as a power law in both N and D rather than drop to
-    its floor (Hutter 2021, Michaud et al. 2023). The world itself never changes with the run's
-    seed, which only picks the documents that are read about it."""
+    its floor (Hutter 2021, Michaud et al. 2023). The run's seed never changes the world; it only
+    picks the documents that are read about it."""
 
     THINGS, VALUES = 4096, 64
     ZIPF, HEAD = 1.5, 4  # p(thing k) ~ (k + HEAD)^-ZIPF: HEAD keeps the first from being everywhere
 
     def __init__(self, image_size=32):
-        if image_size % GRID or image_size < 8 * GRID:  # smaller, two sprites could look alike
+        if image_size % GRID or image_size < 8 * GRID:  # or two sprites could look alike
             raise SystemExit(f"--image-size {image_size}: the procedural world needs a multiple of "
                              f"{GRID}, at least {8 * GRID}")
         rng = np.random.default_rng(2504_07951)
@@ -93,7 +93,7 @@ class World:
             words["".join(rng.choice(syllables, 2))] = None
         self.values, self.names = [*words][:self.VALUES], [*words][self.VALUES:]
         self.facts = rng.integers(self.VALUES, size=(self.THINGS, len(VERBS)))
-        sprites = rng.random((self.THINGS, 8, 8)) < 0.5  # ~32 bits apart: noise can't confuse two
+        sprites = rng.random((self.THINGS, 8, 8)) < 0.5  # ~32 bits differ, so noise confuses no two
         self.cell = image_size // GRID
         near = np.arange(self.cell) * 8 // self.cell  # nearest neighbour
         self.sprites = sprites[:, near][:, :, near]                    # (THINGS, cell, cell)
@@ -132,7 +132,7 @@ class World:
         w.add(f" {who} {deed}.")
 
     def text(self, w, split):
-        """A walk from thing to thing, telling facts. A story belongs to a split by its words."""
+        """A walk from thing to thing that tells facts. The words of a story decide its split."""
         while not w.parts or not belongs(w.parts, split):
             w.parts, w.costs = [], [0.0]
             self.story(w)
@@ -198,8 +198,8 @@ class World:
         return f"{list(COLOURS)[colour]} {self.names[thing]}"
 
     def describe(self, w, scene):
-        """"a red mivo, a green pelu; the pelu eats sodi." The mark says whether a fact follows, so
-        that the end of a caption is no choice (see `interleaved`)."""
+        """"a red mivo, a green pelu; the pelu eats sodi." The "." or ";" says if a fact follows, so
+        that the end of a caption reveals nothing more (see `interleaved`)."""
         for i, cell in enumerate(sorted(scene)):
             w.add(f"{', ' if i else ''}a {self.noun(scene[cell])}")
         if w.choose([0.5, 0.5]):
@@ -219,7 +219,7 @@ class World:
         thing = self.thing(w.rng)
         w.charge(self.p[thing])
         w.add(f"the {self.names[thing]}")
-        for _ in range(3):  # a row of 128 holds every document whole
+        for _ in range(3):  # no more, so that a row of 128 holds every document
             self.say_fact(w, thing)
             act = w.choose([0.1, 0.65, 0.25])
             if act == 0:
@@ -227,7 +227,7 @@ class World:
             if act == 2:
                 known = int(self.friend[thing])
                 thing = known if w.rng.random() < 0.5 else self.thing(w.rng)
-                w.charge(0.5 * (thing == known) + 0.5 * self.p[thing])  # both lead to a friend
+                w.charge(0.5 * (thing == known) + 0.5 * self.p[thing])  # two ways to the friend
                 w.add(f" it met the {self.names[thing]}")
             w.add(". it" if act == 2 else " it")
         self.say_fact(w, thing)
@@ -241,7 +241,7 @@ class World:
             w.add(part)
 
     def colour(self, w, split):
-        scene = self.scene(w.rng, split, distinct=True)  # or "the" would be unclear
+        scene = self.scene(w.rng, split, distinct=True)  # otherwise "the" could mean either thing
         thing, colour = scene[w.rng.choice(sorted(scene))]
         question = f"what colour is the {self.names[thing]}?"
         self.ask(w, [scene], question, list(COLOURS)[colour])
