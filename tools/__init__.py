@@ -25,13 +25,13 @@ def make_folder(out):
 
 
 def end_with_the_pipe():
-    """`| head` ends a command that prints, without a traceback."""
+    """Let `| head` end a command that prints, without a traceback."""
     if hasattr(signal, "SIGPIPE"):  # Windows has none
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def split_launcher(text):
-    """What ranks printed, and torchrun's report of how they ended, which can be empty."""
+    """What torchrun printed -> the output of the ranks, and its report of how they ended, or ""."""
     own, *report = re.split(r"^[WE]\d{4} .*torch/distributed/elastic", text, maxsplit=1,
                             flags=re.MULTILINE)
     return own, "".join(report)
@@ -79,7 +79,7 @@ def save(page, path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a glyph that no font has is drawn as a box
-            page.savefig(path, dpi=min(150, 30000 / page.get_figheight()))  # PNG: 2^15 lines
+            page.savefig(path, dpi=min(150, 30000 / page.get_figheight()))  # below 2^15 lines
     except (OSError, ValueError) as error:  # no such folder, or no such format
         raise SystemExit(f"cannot write the picture {path}: {error}") from None
     print(f"wrote {path}")

@@ -10,7 +10,7 @@ from train import Parser
 # A box: centre, width and height, text, colour. What belongs to images only is orange.
 BLUE, ORANGE, GREY, WHITE = "#cfe0f3", "#fbd9b0", "#e9e9e9", "#ffffff"
 DECODER = "decoder: blocks 1 ... L\nimages both ways, text causal"
-BOTH = {  # of early fusion; those of late fusion stand 4 to the right
+BOTH = {  # boxes of early fusion, which late fusion repeats 4 units to the right
     "image": (1.0, 0.5, 1.5, 0.7, "image patches\n(raw pixels)", ORANGE),
     "text": (2.8, 0.5, 1.5, 0.7, "text tokens", BLUE),
     "linear": (1.0, 1.8, 1.5, 0.6, "one linear layer", ORANGE),
@@ -53,7 +53,7 @@ def draw(out):
         names = [name.strip() for name in chain.split(">")]
         for start, end in itertools.pairwise(names):
             (x, y, _, height, *_), (to_x, to_y, width, to_height, *_) = BOXES[start], BOXES[end]
-            # straight up into a wide box, to its middle otherwise
+            # an arrow goes straight up into a wide box, and to the middle of any other
             to_x = x if width > 3 else to_x
             axes.annotate("", (to_x, to_y - to_height / 2), (x, y + height / 2),
                           arrowprops={"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0,

@@ -5,15 +5,15 @@
     python -m tools.bench --only efficiency                         one table
     python -m tools.bench --only parts          what each optimisation gains
 
-What is compared runs interleaved, A B C and then C B A, in one process. Each round gives one ratio,
-and we judge their median; the quartiles stand beside it. On a CPU the clock is the process's CPU
-time on one thread, because busy neighbours disturb it least, unless a row says wall. Each round has
-a matrix product, so that a share of its rate compares neighbouring moments.
+What we compare runs interleaved in one process, A B C and then C B A. Each round gives one ratio,
+and a mark applies to the median of the rounds, beside which stand the quartiles. On a CPU the clock
+is the process's CPU time on one thread, because busy neighbours disturb it least, unless a row says
+wall. Each round has a matrix product, so that a share of its rate compares times close together.
 
 FLOPs are those of matrix products, forward and backward: 6 for each weight and position (4 for the
 patch projection, whose input needs no gradient), the head on text targets and active experts only.
-Causality is counted once: attention is 6 L W T a position, half of all pairs (what documents leave
-out and images add is not counted). The encoder's is 12 L W P, because every patch sees every other.
+Attention is 6 L W T a position, because half of all pairs are causal (we ignore what documents
+leave out and images add). In the encoder it is 12 L W P, because every patch sees every other.
 
 Dimensions: B rows, T context, W width, H heads, Hd head dim, L layers, P patches of an image,
             V vocabulary, E experts, h, w height and width of a picture.
@@ -69,7 +69,7 @@ GPU_MARKS = {
 
 class Row:
     """The median and the quartiles of one measured thing. samples: a value a round; None if it
-    was not measured here. mark: as "<= 1.05", or empty if the value is only told."""
+    was not measured here. mark: as "<= 1.05", or empty if the value need not reach any."""
 
     def __init__(self, what, samples, mark="", note=""):
         self.what, self.mark, self.note = what, mark, note
@@ -125,7 +125,7 @@ class Bench:
 def in_child(function, *args):
     """function(*args) in a process of its own, whose peak memory is its own."""
     if torch.cuda.is_available():
-        gc.collect()  # compiled models are cycles
+        gc.collect()  # compiled models are in reference cycles
         torch.cuda.empty_cache()  # so that the child has what this process no longer uses
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
@@ -200,7 +200,7 @@ class Stock(nn.Module):
         return Output(loss, torch.zeros_like(loss), each, None)
 
     def flops(self, tokens, patches=0):
-        return 0  # a Trainer asks for its MFU, which nobody reads
+        return 0  # a Trainer computes an MFU of it, which nobody reads
 
 
 def trainee(machine, given, kind=Model):
@@ -222,8 +222,8 @@ def step(trainer, batch):
 
 @contextlib.contextmanager
 def causal_only():
-    """Attention is asked for causality alone, as in text models, and a single number is all that is
-    built of the mask."""
+    """Within this context attention is only causal, as in text models, and a single number is built
+    in place of the mask."""
     attention = F.scaled_dot_product_attention
 
     def causal(q, k, v, attn_mask=None):
@@ -256,7 +256,7 @@ def random_batch(cfg, n_rows, rng):
 def compare(bench, size, kinds, rounds, marks, ratios=(), extra=None, note=""):
     """Times training steps of {name: flags} side by side, with `extra` {name: work} beside them.
 
-    One row for each of `marks` {name: mark}, a step's FLOPs as a share of the GEMM rate, and one
+    Yields a row for each of `marks` {name: mark}, a step's FLOPs as a share of the GEMM rate, and
     for each of `ratios`, (what, "name / name", mark). The names "stock" and "causal" stand for the
     reference above and for a step under causal_only."""
     def work(r, name):
@@ -370,7 +370,7 @@ def overhead(bench):
 
 
 def generation(bench):
-    """Untrained models: 256 positions with the cache and without; one caption of the default."""
+    """Untrained models decode 256 positions with a cache and without, and the default a caption."""
     def cached(r, network, prompt, n):
         generate(network, prompt, n)
 
@@ -398,7 +398,7 @@ def generation(bench):
 
 
 def tokens_per_second(bench, threads, *command):
-    """tokens/s by the wall of the runs that a command trains side by side."""
+    """Tokens per second of wall-clock time, summed over the runs that a command trains at once."""
     folder = tempfile.mkdtemp(dir=bench.folder)
     command = [sys.executable, *command, "--out", folder, "--device", "cpu", "--val-rows", "1"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": threads},
@@ -408,7 +408,7 @@ def tokens_per_second(bench, threads, *command):
 
 
 def parallel(bench):
-    """Two processes, two threads or two ranks, of the default model."""
+    """The default model in two processes, with two threads, and in two ranks."""
     n, rates = 40 if bench.quick else 120, {"pair": [], "threads": [], "DDP": []}
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 train.py"
     works = {"pair": ("1", f"-m tools.sweep --jobs 2 --seed 0,1 --tokens {n}K"),
@@ -470,8 +470,8 @@ def memory_of_reading(folder):
 
 
 def memory(field):
-    """MB of this process: VmRSS now, RssAnon now without mapped files, VmHWM the peak (that of
-    getrusage would be the parent's too)."""
+    """MB of this process: VmRSS is its memory now, RssAnon its memory now without mapped files, and
+    VmHWM its peak (getrusage would give the parent's peak, too)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")  # Linux alone has it
     return int(re.search(rf"{field}:\s*(\d+)", status)[1]) / 1024
 
@@ -544,8 +544,8 @@ def slope(bench):
 
 
 def repeated(folder, size, tokens=32, h=256, w=341):
-    """A packed set of `size` bytes whose documents all lie at the same place of its file: what is
-    mapped from a file is not counted, only the tables of documents are."""
+    """A packed set of `size` bytes whose documents all lie at the same place of its file. We
+    only count the tables of documents, not what is mapped from a file."""
     shard, pixels = folder / "caption" / "shard", 3 * h * w
     shard.mkdir(parents=True)
     header = np.array([data.IMAGE, *range(tokens - 1), h, w], np.int32).tobytes()
@@ -667,8 +667,8 @@ def decoding():
 
 
 def parts(bench):
-    """Each optimisation that was kept, over the plainer way it replaced: forward and backward pass
-    of the part alone, at the shapes of the 1M model. Values are only told; no mark is set."""
+    """The time of each optimisation that we kept over the time of the plainer way it replaced, in
+    forward and backward pass of the part alone, at the shapes of the 1M model, without a mark."""
     groups = attention_parts(), dense_parts(), expert_parts(), decoding()
     for what, (kept, replaced) in [pair for group in groups for pair in group.items()]:
         took = bench.interleave({"kept": kept, "replaced": replaced}, 15)
@@ -680,7 +680,7 @@ def parts(bench):
 
 
 def gpu_275m(bench):
-    """bf16, compiled blocks, random batches of 16 rows of 1024. Late fusion is the size 289m."""
+    """In bf16, with compiled blocks, on random batches of 16 rows of 1024; late fusion is 289m."""
     early, marks = {"preset": "275m", **GPU_STEP}, GPU_MARKS["gpu275m"]
     ratios = {"MoE / dense step": "MoE / early", "step, mask on / causal only": "early / causal",
               "step, compiled / eager": "early / eager"}
@@ -697,8 +697,8 @@ def gpu_932m(bench):
 
 
 def gpu_memory(bench):
-    """Peaks with checkpointing beside the arithmetic of model.py. That they are measured at all
-    shows that a step fits."""
+    """Peak memory with checkpointing beside the prediction of model.py. If there is a peak at all,
+    a step has fitted."""
     for preset in ("275m", "3.35b"):
         given = {"preset": preset, "checkpointing": True, **GPU_STEP}
         whole, row = training_memory(config_of(given))
@@ -728,13 +728,13 @@ MARKS = {  # name: (the kind of device it needs, function)
 
 
 def measure(bench, name, device, function):
-    """The rows of one measurement; those that failed or need another device have no value."""
+    """The rows of one measurement. A row that failed or needs another device has no value."""
     if device not in ("any", bench.machine.device.type):
         marks = GPU_MARKS.get(name, {f"{name}: marks of a CPU": ""})
         return [Row(what, None, mark, f"needs {device}") for what, mark in marks.items()]
     try:
         return list(function(bench))
-    except (Exception, SystemExit) as error:  # no Pillow, say: the other marks are worth having
+    except (Exception, SystemExit) as error:  # Pillow may be missing, but other marks still count
         return [Row(name, None, note=" ".join(str(error).split())[-200:])]
 
 
@@ -760,8 +760,8 @@ def hardware(machine):
 def main(argv=None):
     parser = train.Parser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("--json", help="write the rows to this file")
-    parser.add_argument("--only", default=",".join(MARKS), help="of " + ",".join(MARKS))
-    parser.add_argument("--quick", action="store_true", help="two rounds: to see that it runs")
+    parser.add_argument("--only", default=",".join(MARKS), help="some of " + ",".join(MARKS))
+    parser.add_argument("--quick", action="store_true", help="two rounds, to see that it runs")
     args = parser.parse_args(argv)
     names = args.only.split(",")
     data.check(set(names) <= set(MARKS), f"--only takes some of {','.join(MARKS)}")

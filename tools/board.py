@@ -2,10 +2,10 @@
 
     pip install tensorboard
     python -m tools.board runs/demo --follow          then: tensorboard --logdir runs/demo/board
-    python -m tools.board runs/demo --to wandb        one project a study, one run a run
+    python -m tools.board runs/demo --to wandb        a study becomes one project
 
-Training knows nothing of either: this reads the log.jsonl and speed.jsonl of each run, from any
-machine that sees the folder, and sends it, with --follow also what comes later.
+Training knows nothing of either, because this tool reads the log.jsonl and speed.jsonl of each
+run, on any machine that sees the folder. With --follow it also sends what is written later.
 """
 import contextlib
 import functools
@@ -34,7 +34,7 @@ def send(out, seen, writer_of):
     """Sends everything new of all runs in the folder `out`."""
     for path in sorted(out.glob("*/log.jsonl")) + sorted(out.glob("*/speed.jsonl")):
         for line in new_lines(path, seen):
-            if "step" in line:  # or it is broken, as where a disk was full
+            if "step" in line:  # a line without it is broken, as when a disk was full
                 step = line.pop("step")
                 for key, value in line.items():
                     writer_of(path.parent.name)(key, value, step)
@@ -44,13 +44,13 @@ def tensorboard(out):
     """-> a function that makes the writer of a run: (name of a curve, value, step) -> None."""
     need("tensorboard", "tensorboard")
     from torch.utils.tensorboard import SummaryWriter
-    # what was sent before counts no more, because all of it is sent again
+    # purge what an earlier call sent, because everything is sent again
     return lambda name: SummaryWriter(out / "board" / name, purge_step=0).add_scalar
 
 
 def wandb(out):
-    """The same for Weights & Biases, where a curve has its own steps, because two files of one run
-    come one after the other."""
+    """The same for Weights & Biases, whose own step may only rise. The two files of a run are sent
+    one after the other, so every value carries its training step."""
     wandb = need("wandb", "wandb")
 
     def new_writer(name):

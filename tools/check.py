@@ -3,12 +3,12 @@
     python -m tools.check                                      275m on a GPU, laptop on a CPU
     python -m tools.check --preset 932m --data data/real       the model that you will train
 
-A line for each thing, in three minutes: the machine's rates; each fast way beside the plain
-one, in values and gradients (FlexAttention and the dense mask, grouped_mm and the loop over the
-experts, bf16 and fp32, compiled and eager); a step of the model with its MFU, and its memory beside
-the arithmetic; checkpoint and resume; one process, all GPUs and --shard. The last line is the
-command to train with, with the flags that avoid what was found wrong (exit status 1). It takes all
-flags of train.py. A CPU runs what it can.
+In three minutes it prints a line for each check: the machine's rates; each fast way beside the
+plain way, in values and gradients (FlexAttention and the dense mask, grouped_mm and the loop over
+the experts, bf16 and fp32, compiled and eager); a step of the model with its MFU, and its memory
+beside what we predict; checkpoint and resume; all GPUs, also with --shard, beside one process. The
+last line is the command to train with. If something is wrong, this command has the flags that avoid
+it, and the exit status is 1. All flags of train.py work here. A CPU leaves out what needs a GPU.
 
 Dimensions: B rows, T positions, W width, E experts, S slots.
 """
@@ -35,7 +35,7 @@ LIMIT = 0.02  # of the norm. Rounding to bf16 makes 0.005 to 0.01, a wrong mask 
 
 
 def distance(ours, plain):
-    """The largest |a - b| / |b| of pairs of tensors, or NaN where one holds NaN."""
+    """The largest |a - b| / |b| of pairs of tensors, or NaN if a tensor holds NaN."""
     pairs = [(a.float(), b.float()) for a, b in zip(ours, plain, strict=True)]
     return torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max().item()
 
@@ -59,7 +59,7 @@ def two_documents(rows, length, device):
     return doc, torch.where(at % (length // 2) < length // 4, doc, -1)
 
 
-# ---- Right: a number is a distance, which must stay below LIMIT; a text is only told -------------
+# ---- Right: a check returns a distance, which must stay below LIMIT, or a text to print ----------
 
 
 def check_attention(run, machine):
@@ -77,7 +77,7 @@ def check_attention(run, machine):
 
 
 def check_experts(run, machine):
-    """With one expert idle."""
+    """grouped_mm beside the loop over the experts, where one expert is idle."""
     device = machine.device
     load = torch.tensor([50, 0, 78], device=device)                              # (E,)
     weights = [random(3, 64, 64, device=device, dtype=torch.bfloat16) for _ in range(3)]
@@ -89,9 +89,9 @@ def check_experts(run, machine):
 
 
 def loss_and_gradient(run, machine, dtype, compiled=False):
-    """Of two blocks of the model on random rows -> two tensors. A token goes to every expert,
-    because rounding changes the choice of those that nearly tie, and with it more of the gradient
-    than any fault would."""
+    """Loss and gradient of two blocks of the model on random rows -> two tensors. Each token goes
+    to every expert, because rounding changes the router's choice between experts that nearly tie,
+    which would change the gradient more than any fault."""
     cfg = replace(run.model, depth=2, vision_depth=2, checkpointing=False,
                   top_k=run.model.experts if run.model.moe == "learned" else 1)
     torch.manual_seed(0)
@@ -99,7 +99,7 @@ def loss_and_gradient(run, machine, dtype, compiled=False):
     model.dtype, model.flex = dtype, compiled and flex_fits(cfg, dtype)
     if compiled:
         train.compile_blocks(model)
-    rows = 8 if machine.is_cuda else 1  # for which torch takes the kernels that training takes
+    rows = 8 if machine.is_cuda else 1  # with 8, torch takes the kernels of training
     batch = train.to_device(random_batch(cfg, rows, np.random.default_rng(0)), machine)
     out = model(batch)
     (out.loss / len(out.token_loss)).backward()
@@ -109,7 +109,7 @@ def loss_and_gradient(run, machine, dtype, compiled=False):
 
 def check_bf16(run, machine):
     return distance(loss_and_gradient(run, machine, torch.bfloat16),
-                    loss_and_gradient(run, machine, torch.float32)) / 3  # its gradient is coarser
+                    loss_and_gradient(run, machine, torch.float32)) / 3  # gradients are coarser
 
 
 def check_compiled(run, machine):
@@ -120,8 +120,8 @@ def check_compiled(run, machine):
 
 
 def check_ranks(folder, rows, run, machine, ranks=1, flags=()):
-    """The validation loss of a small run of two budgets, the second from the first's trunk, beside
-    that of the second alone in one process: in nats, relative."""
+    """Train two budgets, the second from the trunk of the first -> the relative distance of its
+    validation loss from that of a run which trains the second budget alone in one process."""
     def loss(name, ranks, tokens, *flags):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         out, script = folder / name, Path(train.__file__)
@@ -134,7 +134,7 @@ def check_ranks(folder, rows, run, machine, ranks=1, flags=()):
             own, report = split_launcher(done.stderr)
             raise RuntimeError(own.strip() or report or f"exit status {done.returncode}")
         return list(train.finished(out).values())[-1]["loss"]
-    alone = loss("alone", 1, "80K")  # trained once
+    alone = loss("alone", 1, "80K")  # only the first check trains it
     return abs(loss(f"{ranks}{len(flags)}", ranks, "40K,80K", *flags) / alone - 1)
 
 
@@ -142,7 +142,7 @@ def check_ranks(folder, rows, run, machine, ranks=1, flags=()):
 
 
 def seconds(machine, *works):
-    """The median times of calls by the wall, after a first one of each to warm up."""
+    """The median wall-clock time of each call in seconds, after one call of each to warm up."""
     bench = Bench(machine, quick=False, folder=Path())
     took = bench.interleave(dict(enumerate(works)), 5, time.perf_counter)
     return [np.median(times) for times in took.values()]
@@ -158,8 +158,8 @@ def rates(run, machine):
 
 
 def speed(run, machine):
-    """A step of the model with two micro-steps, on random rows with two documents each. FLOPs are
-    the paper's 6 N D, as in speed.jsonl and --gpus."""
+    """Time a step of two micro-steps on random rows of two documents each -> a text. FLOPs are the
+    paper's 6 N D, as in speed.jsonl and --gpus."""
     if run.train.shard:
         return "not measured, because --shard needs all GPUs"
     trainer = train.Trainer(run, machine)
@@ -179,8 +179,8 @@ def speed(run, machine):
         told += (f"; memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB, by the arithmetic "
                  f"{(fixed + trainer.rows * row) / 1e9:.1f}")
         del trainer, batch
-        gc.collect()  # a compiled model is a cycle
-        torch.cuda.empty_cache()  # so that the ranks that are tried next have it
+        gc.collect()  # a compiled model is in a reference cycle
+        torch.cuda.empty_cache()  # so that the ranks of the next checks have this memory
     return told
 
 

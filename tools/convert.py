@@ -4,8 +4,8 @@
     python train.py --init dclm_1b_ours.pt ...
 
 Reads a state dict of mlfoundations/open_lm with DCLM's choices: norms without bias, QK-norm,
-SwiGLU, positions "rotary". It may lie under "state_dict", its names after "module." or "model.".
-Writes {"config": {"model": sizes}, "model": weights}, which is what train.py --init reads.
+SwiGLU, positions "rotary". It may lie under "state_dict", and its names may begin with "module." or
+"model.". Writes {"config": {"model": sizes}, "model": weights}, which train.py --init reads.
 
 Dimensions: Hd head dim.
 """
@@ -18,7 +18,7 @@ from data import check
 from model import ModelConfig, ffn_hidden, on_meta
 from train import Parser, config_of, write_whole
 
-# open_lm's modules -> ours. Where there are several, its matrix holds them one after another.
+# open_lm's modules -> ours. One matrix of open_lm can hold several of ours, one after another.
 OPEN_LM = {"tok_embeddings": "embedding", "in_proj": "q k v", "out_proj": "out",
            "w12": "w_gate w_up", "w3": "w_down", "output": "head", "q_norm": "q_norm",
            "k_norm": "k_norm", "norm": "norm", "attention_norm": "attention_norm",
@@ -27,8 +27,8 @@ OPEN_LM = {"tok_embeddings": "embedding", "in_proj": "q k v", "out_proj": "out",
 
 def convert(state, heads=0):
     """State dict of open_lm -> the fields of ModelConfig that it decides (dict), and the weights
-    (our parameter name -> tensor). heads is used where the file has no inv_freq, which would tell
-    it. SystemExit, one line, for what our decoder has no place for."""
+    (our parameter name -> tensor). `heads` counts only if the file has no inv_freq, from which the
+    number of heads follows. SystemExit if our decoder has no place for something in the file."""
     state = {re.sub(r"^((module|model)\.)+", "", name): tensor
              for name, tensor in state.get("state_dict", state).items()}
     fields = sizes(state, heads)

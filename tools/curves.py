@@ -3,8 +3,8 @@
     python -m tools.curves runs/real runs/moe/RUN --over flops --out curves.png
 
 Takes any number of studies and of runs. Reads their log.jsonl, where train.py writes validation
-losses if it is given --eval-every. FLOPs and seconds are those that a run has in results.jsonl when
-it has ended: C / D and 1 / tok_per_s a token.
+losses if it is given --eval-every. FLOPs and seconds a token come from a run's row in results.jsonl
+(C / D and 1 / tok_per_s), so a run that has not ended is only drawn over tokens.
 """
 import functools
 import json
@@ -22,8 +22,8 @@ AXES = {"tokens": "training tokens", "flops": "training FLOPs (1B = 1e9)",
 
 
 def read(folders, over="tokens"):
-    """-> {run in words: (how far, lines)}, the lines of the log that hold validation losses, and
-    the tokens, FLOPs or seconds spent at each; and what a token of these runs is."""
+    """-> {run in words: (spent, lines)}: the lines of its log that hold validation losses, and the
+    tokens, FLOPs or seconds spent at each line. Also -> the unit of losses, "byte" or "token"."""
     curves, settings, rows_of = [], [], functools.cache(finished)  # read once for each study
     for log in (log for folder in map(Path, folders)
                 for log in sorted([*folder.glob("log.jsonl"), *folder.glob("*/log.jsonl")])):

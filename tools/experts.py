@@ -24,9 +24,9 @@ def specialization(counts):
     counts (L,2,E): text and image tokens per layer and expert, summed over the batches to be judged
     (Output.expert_counts) -> two lists of L floats in 0..1. "score" is the mean over the experts of
     1 - H2(p_e), where p_e is the image share of expert e's tokens and H2 the binary entropy in
-    bits. "floor" is 1 - H2(p) of all tokens: what experts without any preference would score,
-    because p_e is not corrected for the mixture. An expert without tokens has no p_e and is left
-    out of the mean; that is ours, the paper does not say."""
+    bits. "floor" is 1 - H2(p) of all tokens, which experts without any preference would score,
+    because p_e is not corrected for the mixture. An expert without tokens has no p_e, so we leave
+    it out of the mean. (The paper does not say what it does with such an expert.)"""
     counts = np.asarray(counts, float)
     # the entropy of an expert without tokens is NaN, which nanmean leaves out
     score = np.nanmean(1 - entropy(counts, base=2, axis=1), axis=1)              # (L,)

@@ -4,10 +4,10 @@
     python -m tools.table facts.jsonl --by moe --metric facts_bits
 
 Every fact, "the NAME VERB VALUE.", is one of 64 values, which are equally likely, so it has 6 bits.
-A model that gives the true value a loss of so many bits knows the rest of the 6 (Allen-Zhu and Li
-2024, "Physics of Language Models 3.3"). Facts are summed in bands of equally frequent things, and a
-band of which a model knows less than nothing, because it guesses with too much confidence, counts
-as 0. --json adds a row for tools.table to a file: what the run's own row says, and the bits.
+A model whose loss on the true value is x bits knows the other 6 - x bits of the fact (Allen-Zhu and
+Li 2024, "Physics of Language Models 3.3"). Facts are averaged in bands of things that are met about
+as often. A band with a mean below 0, because the model guesses with too much confidence, counts as
+0. --json appends a row for tools.table to a file, with what the run's own row says and the bits.
 """
 import math
 from itertools import pairwise
@@ -24,7 +24,7 @@ from tools.score import append_scores
 from train import Parser
 from world import VERBS, World
 
-BANDS = (0, 4, 16, 64, 256, 1024, 4096)  # the first and last ranks of things that are met as often
+BANDS = (0, 4, 16, 64, 256, 1024, 4096)  # the things of ranks 0 to 3 are a band, and so on
 
 
 @torch.no_grad()

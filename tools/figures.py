@@ -2,8 +2,8 @@
 
     python -m tools.figures runs/demo --out results
 
-laws_more.png shows the best N, D and D/N for C FLOPs with 95 % bands, the bootstrap refits, the
-frontier of each group above the first, and IsoFLOP curves where there are budgets of equal C.
+laws_more.png shows the best N, D and D/N for C FLOPs with 95 % bands, the bootstrap refits, how far
+the frontier of each group lies above that of the first, and IsoFLOP curves of budgets of equal C.
 residuals.png shows the errors of each law. A trend in them means that the law is wrong.
 The other flags choose rows and groups as in fit_laws.py; see python fit_laws.py --help.
 """
@@ -18,7 +18,7 @@ from tools.laws_more import isoflop_budgets, isoflop_minima
 
 
 def plain_ticks(axis, values=()):
-    """Label a log axis 500K, 1M, ...: at the values if they are few, else 1, 3, 10."""
+    """Label a log axis 500K, 1M, ... at the values if they are few, and else at 1, 3, 10, ..."""
     ticker = need("matplotlib.ticker", "matplotlib")
     low, high = axis.get_view_interval()
     if 1 < len(values) < 8:
@@ -32,7 +32,7 @@ def plain_ticks(axis, values=()):
 
 
 def draw_band(ax, C, curve, many, k, s):
-    """The curve (Q,) of study s, dashed where it has no runs, and 95 % of many (K, Q) as a band."""
+    """The curve (Q,) of study s, dashed beyond its runs, and 95 % of `many` (K, Q) as a band."""
     look, seen = style(k) | {"ls": "-", "lw": 1.8}, (C >= s.runs.C.min()) & (C <= s.runs.C.max())
     ax.plot(C, curve, **look | {"ls": "--", "marker": ""})
     ax.plot(C[seen], curve[seen], label=s.runs.name, markevery=9, **look)

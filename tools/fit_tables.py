@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python -m tools.fit_tables TABLES     a quarter of an hour on one core
     python -m tools.fit_tables TABLES --studies 40 --resamples 400 --out fits.md
 
-TABLES is a folder of published tables, one csv file for each name in `published`, with columns N,
-D and loss (chinchilla_epoch: kept240, too, 1 for the rows that its authors fit). They are for
-checking only, and are not part of this project.
+TABLES is a folder of published tables: one csv file for each table that this file names, with
+columns N, D and loss (gadre_rpj: loss_c4_val). In chinchilla_epoch a column kept240 is 1 for the
+rows that its authors fit. The tables only serve to check, and are not part of this project.
 """
 
 # n rows (runs), K resamples or studies, Q budgets.
@@ -53,8 +53,8 @@ def natural(fit):
 
 
 def gadre(check, table):
-    """Gadre et al.'s recipe on five runs, alpha = beta and squares of the raw loss: their law
-    and its errors on two far larger runs."""
+    """Fit five runs by Gadre et al.'s recipe, with alpha = beta and squared errors of the loss
+    itself, and check the law and its errors on two far larger runs."""
     runs = table("gadre_rpj", "loss_c4_val")
     four = np.unique(runs.N)[:4]
     ratio = (runs.D / runs.N / 20).round(2)  # in units of 20 tokens a parameter
@@ -77,8 +77,8 @@ def gadre(check, table):
 
 
 def published(folder):
-    """[(table, quantity, published, ours, allowed)]: allowed = the published standard error, or
-    half a unit of the last printed digit where the set states a minimum to that digit."""
+    """[(table, quantity, published, ours, allowed difference)]. What is allowed is the published
+    standard error if there is one, or else half a unit of the last digit stated, or more."""
     rows, table = [], partial(read_table, folder)
 
     def check(name, values, answers):
@@ -131,7 +131,7 @@ def synthetic(check, table):
 
 
 def toy(E, alpha, beta, loss, ratio=50.0, C=1e21):
-    """Dense A and B are unpublished: those with this frontier loss and D/N at C -> coef (5,)."""
+    """The unpublished A and B are chosen to give this frontier loss and D/N at C -> coef (5,)."""
     N = np.sqrt(C / 6 / ratio)
     X = (loss - E) * beta / (alpha + beta)  # alpha A / N^alpha = beta B / D^beta at the optimum
     Y = loss - E - X
@@ -140,15 +140,15 @@ def toy(E, alpha, beta, loss, ratio=50.0, C=1e21):
 
 
 def rows_of_table2():
-    """{name: coef} of Table 2, dense A and B from the frontier at 1e21 and D/N = 50."""
+    """{name: coef} of Table 2. Dense A and B follow from the frontier loss and D/N = 50 at 1e21."""
     return {name: np.array([*np.log([A, B, E]), alpha, beta]) if A
             else toy(E, alpha, beta, K * 1e21**c)
             for name, (A, B, E, alpha, beta, _, _, K, c) in lm.PAPER.items()}
 
 
 def grid_regression(coef, points, even, budgets):
-    """The paper's App. C.2: D on a grid of 10B to 600B, N = C/(6D), the best of each budget,
-    straight lines through them -> a, b, d."""
+    """a, b and d as in the paper's App. C.2: with D on a grid of 10B to 600B and N = C/(6D), find
+    the best point of each budget, and fit straight lines to these points."""
     space = np.linspace if even else np.geomspace
     D, C = space(1e10, 6e11, points), np.geomspace(*budgets, 40)
     N = C[:, None] / (6 * D)  # (Q, points)
@@ -171,7 +171,7 @@ def paper_rows():
 
 
 def table9():
-    """Table 9 from alpha and beta as printed: [[quantity, printed, ours at .301 and .335]]."""
+    """[[quantity, closed form printed, from the printed n, from .301 and .335, regression]]."""
     n, ours = 1.11188, fl.derive(rows_of_table2()["early AVG"])
     a, b, d = (ours[k] for k in "abd")
     consistent = {"a": n / (1 + n), "b": 1 / (1 + n), "d": 1 / n, "n": n, "dn": (1 - n) / (1 + n)}
@@ -200,7 +200,7 @@ def plant(name, coef, noise, seed, tokens=12):
 
 
 def coverage(studies, resamples):
-    """Errors and hits (K, 5) of E, alpha, beta, a, loss at 1e22: {row of Table 2: both}."""
+    """-> {row of Table 2: errors and hits (2, K, 5)} of E, alpha, beta, a and the loss at 1e22."""
     laws, out = rows_of_table2(), {}
     for k in range(studies):
         name, noise = list(laws)[k % 6], (0.003, 0.005, 0.01)[k // 6 % 3]
@@ -230,8 +230,8 @@ def plant_sparse(noise, seed):
 
 
 def sparse_coverage(studies, resamples):
-    """The same for the ten coefficients of L(N, D, S): errors, hits, flagged as not identified,
-    each (K, 10); and the share of studies in which AIC picks it."""
+    """The ten coefficients of L(N, D, S) -> their errors, hits and flags of "not identified", each
+    (K, 10), and the share of studies in which AIC picks this law."""
     truth, found, picked = np.r_[np.exp(SPARSE_TRUTH[:5]), SPARSE_TRUTH[5:]], [], 0
     for k in range(studies):
         runs = plant_sparse((0.003, 0.005, 0.01)[k % 3], k)
@@ -247,7 +247,7 @@ def sparse_coverage(studies, resamples):
 
 
 def usual_call(runs, start, weight=1.0):
-    """The best that scipy's defaults find from one start (5,) -> objective."""
+    """-> the objective that scipy's defaults reach from one start (5,)."""
     N, D, L = np.log(runs.N), np.log(runs.D), np.log(runs.L)
 
     def objective(coef):
@@ -308,34 +308,34 @@ def coverage_rows(studies, resamples):
 
 PLANTED = """## Planted laws
 
-{studies} studies of 72 runs (6 sizes, 12 token counts of the paper's range), the laws of Table 2
-in turn, noise 0.3, 0.5 and 1 % in turn, {resamples} resamples. Share of 95 % intervals that hold
-the truth, in %, and the mean error (in its standard errors)."""
+{studies} studies have 72 runs each (6 sizes, 12 token counts of the paper's range). They take the
+laws of Table 2 and noise of 0.3, 0.5 and 1 % in turn, and {resamples} resamples. The table says how
+many of the 95 % intervals hold the truth, in %, and the mean error (in its standard errors)."""
 
-SPARSE = """L(N, D, S) with five sparsities, 240 runs: {sparse} studies of {few} resamples. AIC
-prefers it to a law without S and to one law for each S in {picked:.0f} %. alpha and beta are
-recovered; E, C and lambda are hardly told apart even here, and the tool says so of C and lambda in
-most studies (flagged). The intervals of E, d, delta and gamma are too narrow: read them as orders
-of magnitude."""
+SPARSE = """{sparse} studies plant L(N, D, S) in 240 runs of five sparsities, with {few} resamples.
+In {picked:.0f} % of them AIC prefers this law to a law without S and to a law for each S. The fit
+recovers alpha and beta. Even here E, C and lambda can hardly be told apart, and the tool flags
+C and lambda in most studies. The intervals of E, d, delta and gamma are too narrow, so read them
+as orders of magnitude."""
 
 TABLE2 = """## Table 2's a, b, d
 
-From its alpha and beta: the closed form, and App. C.2's regression over D of 10B to 600B (50 to
-1000 points, even and in equal ratios) for 40 budgets of 1e20 to 1e22. Dense A and B are
-unpublished: those with the frontier's loss and D/N = 50 at 1e21. The early rows agree to the
-grid's noise. The late a and d are of another N (a + b is 1.098). The sparse a and d bear the
-limit of 600B: the best D at 1e22 is 790B."""
+Both columns start from Table 2's alpha and beta: the closed form, and App. C.2's regression for 40
+budgets of 1e20 to 1e22 over D of 10B to 600B (50 to 1000 points, evenly spaced or in equal ratios).
+Dense A and B are unpublished, so we take those that give the frontier's loss and D/N = 50 at 1e21.
+The early rows agree within the grid's noise. The late a and b add up to 1.098, so late a and d use
+another N. The sparse a and d suffer from the limit of 600B, because the best D at 1e22 is 790B."""
 
 TABLE9 = """## Table 9
 
-Its closed-form column follows from its own n to every digit; alpha .301 and beta .335 as printed
-give it to 1 in 1000. Its regression column differs by the steps of a grid of D."""
+The closed form follows from the n of Table 9 to every digit. The printed alpha .301 and beta .335
+give a, b, d and n to 1 in 1000. The regression differs because its D lie on a grid with steps."""
 
 SPEED = """## Speed
 
-chinchilla_epoch, 240 rows, one thread, measured while this page was made. Ours is L-BFGS-B on
-a centred problem, divided by delta, with the exact gradient; the usual call is scipy's with its
-defaults: not centred, not divided, gradient by differences."""
+Both fit the 240 rows of chinchilla_epoch on one thread while this page is made. Ours is L-BFGS-B on
+a centred problem, divided by delta, with the exact gradient. The usual call takes scipy's defaults,
+so its problem is neither centred nor divided, and its gradient comes from differences."""
 
 
 def page(args):
@@ -344,8 +344,8 @@ def page(args):
     bad = sum(abs(ours - want) > allowed for *_, want, ours, allowed in rows)
     yield ("# fit_laws.py where the answer is known\n\nMade by `python -m tools.fit_tables TABLES`. "
            "TABLES is a folder of published tables, which are not part of this project.\n\n"
-           "## Published and ours\n\nAllowed: the published standard error where there is one, "
-           f"else the digits stated. Outside: {bad} of {len(rows)}.")
+           "## Published and ours\n\nA difference may reach the published standard error, or else "
+           f"half a unit of the last digit stated, sometimes more. Outside: {bad} of {len(rows)}.")
     yield markdown(["table", "quantity", "published", "ours", "difference", "allowed"],
                    *([t, k, f"{want:.10g}", f"{ours:.10g}", f"{ours - want:+.1e}", f"{allowed:.1e}"]
                      for t, k, want, ours, allowed in rows))

@@ -4,7 +4,7 @@
     python -m tools.game results/laptop_study.jsonl --group late --guess 0.5,0.4,0.3,0.25,0.2
 
 It shows a study without its largest models and asks for the losses of five of them, given their
-parameters N and tokens D. Then it scores the guesses, beside fit_laws.py's law of what was shown.
+parameters N and tokens D. Then it scores the guesses, and the law that fits what was shown.
 """
 import numpy as np
 
@@ -15,7 +15,7 @@ from train import Parser
 
 
 def split(runs):
-    """Runs -> those to show, and N, D and loss (3, n) of hidden ones, whose seeds are averaged."""
+    """Runs -> the runs to show, and N, D and loss (3, n) of hidden ones, averaged over seeds."""
     large = runs.N == runs.N.max()
     tokens = np.unique(runs.D[large])
     tokens = tokens[np.linspace(0, len(tokens) - 1, min(5, len(tokens))).round().astype(int)]
@@ -24,7 +24,7 @@ def split(runs):
 
 
 def show(runs):
-    """The losses, a line a size and a column a number of tokens."""
+    """Print the losses, with a line for each N and a column for each D."""
     print(f"{runs.name}: losses of all models but the largest")
     tokens = np.unique(runs.D)
     print(f"{'N':>12}  D" + "".join(f"{human(D):>9}" for D in tokens))

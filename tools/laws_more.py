@@ -3,12 +3,12 @@
     python -m tools.laws_more table.csv --bootstrap 200 --json more.json
     python -m tools.laws_more --plan --budget 24hx8xh100x0.4
 
-prints for each group (and --json FILE writes, beside what fit_laws.py says of the group) how much
-of its error is the seeds', IsoFLOP parabolas, one exponent for N and D against two, the law of
-sparsity, how far the law moves if rows or delta change, and profile intervals, which hold even
-where resampling fails. Groups that differ in their mixture only also get one alpha and beta. --plan
-prints what the paper's own coefficients say at --budget. The other flags choose rows and groups as
-in fit_laws.py.
+For each group it prints how much of the law's error comes from the seeds, IsoFLOP parabolas, one
+exponent for N and D against two, the law of sparsity, how far the law moves if rows or delta
+change, and profile intervals, which hold even where resampling fails. Groups that differ only in
+their mixture also get a law with a common alpha and beta. --json FILE writes all of this, beside
+what fit_laws.py finds. --plan prints what the paper's own coefficients say at --budget. The other
+flags choose rows and groups as in fit_laws.py.
 """
 
 # Dimensions: n rows (runs), T terms of a law, P coefficients, K resamples, Q budgets, M groups.
@@ -31,9 +31,9 @@ ISOFLOP = tuple(f"{name}_isoflop" for name in ("a", "b", "c", "d", "D0"))
 
 
 def isoflop_budgets(runs):
-    """Row numbers of each budget: equal C within 2 %, and at least five sizes.
-    An ordinary grid must not pass for budgets, so we ask for three that hold half of the rows.
-    """
+    """Row numbers of each IsoFLOP budget, which has equal C within 2 % and at least five sizes.
+    An ordinary grid of runs must not pass for IsoFLOP budgets, so we ask for at least three, which
+    together hold at least half of the rows."""
     order = np.argsort(runs.C, kind="stable")
     steps = np.flatnonzero(np.diff(np.log(runs.C[order])) > 0.01) + 1
     good = [rows for rows in np.split(order, steps)
@@ -71,9 +71,9 @@ def isoflop(runs, budgets, weight):
 
 
 def noise(coef, runs):
-    """Runs that differ in the seed alone -> {name: value}, in per cent of the loss: the deviation
-    of a seed, how far the law is from the means of seeds, and R2 of these means. What is left there
-    is the law's own error, because the seeds' is averaged out. Empty where a run has no twin."""
+    """Runs that differ only in the seed -> {name: value}: the standard deviation over seeds and the
+    law's distance from the means over seeds, both in per cent of the loss, and R2 of these means.
+    In the means most of the seeds' error has averaged out. Empty if some run has no second seed."""
     at = np.unique([runs.N, runs.D], axis=1)  # (2, settings)
     alike = [np.log(runs.L[(runs.N == N) & (runs.D == D)]) for N, D in at.T]
     if min(map(len, alike)) < 2:
@@ -87,7 +87,7 @@ def noise(coef, runs):
 
 def share_coefficients(problem, index, member):
     """Let groups share coefficients: p of group m (rows member == m) is column index[m, p].
-    -> Problem, and its starts: those of one law for all rows, which every group gets.
+    -> Problem, and its starts. Every group starts where one law for all rows would start.
     """
     T, n, P = problem.design.shape
     design, owner = np.zeros((T, n, index.max() + 1)), np.zeros(index.max() + 1, int)
@@ -179,7 +179,7 @@ def active_share(runs):
 
 
 def sparse_law(runs, weights):
-    """L(N, D, S) against a law without S and one for each S; None under three sparsities.
+    """L(N, D, S) against a law without S and a law for each S; None for less than 3 sparsities.
     A coefficient is not identified if its interval is wider than twice its value.
     """
     active = active_share(runs)

@@ -3,8 +3,8 @@
     python -m tools.multiplier results/laptop_study.jsonl --compare "early learned" early
 
 At each of three budgets C (or those of --budget) it asks which loss the first group's best model
-reaches, and how many FLOPs the second group's best model needs for the same loss. That over C is
-the effective compute multiplier: 2 means that the second group has to spend twice as much. Both
+reaches, and how many FLOPs the second group's best model needs for the same loss. These FLOPs over
+C are the compute multiplier: 2 means that the second group has to spend twice as much. Both
 laws are fitted with E held at the true floor, which only the procedural world knows, because a free
 E decides the answer where the frontier flattens. The other flags are those of fit_laws.py.
 """
@@ -34,8 +34,8 @@ def fit_above_floor(runs, weights):
 
 
 def multiplier(one, two, C, visions):
-    """coef (5,) of two laws -> the FLOPs, over C, at which the second's frontier reaches the loss
-    that the first's reaches at C; NaN where it never does."""
+    """coef (5,) of two laws -> the FLOPs, over C, that the frontier of the second law needs for the
+    loss that the first law's frontier reaches at C; NaN if no such FLOPs are found."""
     goal = optimum(one, C, visions[0])[2]
 
     def gap(log_ratio):

@@ -6,10 +6,10 @@
     python -m tools.obelics obelics/data --fetched fetched
     python -m tools.pack --interleaved obelics/data ...
 
-The first lists the URLs that the parquet files of a folder name, the last moves each image that
-img2dataset has fetched to images/ in that folder, under a name that follows from its URL. So no
-list of hundreds of millions of URLs has to be in memory, and the command may be stopped and given
-again. Needs the package pyarrow.
+The first command lists the URLs that the parquet files of a folder name. The third moves each image
+that img2dataset has fetched to images/ in that folder, under a name that follows from its URL. So
+no list of hundreds of millions of URLs has to be in memory, and you may stop the command and give
+it again. Needs the package pyarrow.
 """
 import shutil
 from pathlib import Path
@@ -24,13 +24,13 @@ from train import Parser, write_whole
 
 def batches(folder, columns, remedy):
     """Yields (file, {column: values}) of some thousand rows of a folder's parquet files at a time.
-    SystemExit, one line, where there are none, or they lack a column."""
+    SystemExit, in one line, if there are no such files, or if a file lacks a column."""
     parquet, files = need("pyarrow.parquet", "pyarrow"), sorted(folder.glob("*.parquet"))
     check(files, f"{folder} has no .parquet file: {remedy}")
     for path in tqdm(files, "files", disable=None):
         try:
             file = parquet.ParquetFile(path)
-        except ValueError as error:  # a download that was cut, or img2dataset is still at it
+        except ValueError as error:  # a download was cut, or img2dataset is still writing
             raise SystemExit(f"{path} is no whole parquet file ({error}): wait until it is, or "
                              "delete it") from None
         check({*columns} <= {*file.schema_arrow.names}, f"{path} has no column "
@@ -57,9 +57,9 @@ def list_urls(folder, out):
 
 
 def take_images(folder, fetched):
-    """Moves what img2dataset wrote as files (beside each folder of images lies a parquet file that
-    says which URL each is of) to folder/images; returns how many images are there now, of how many
-    that were asked for."""
+    """Moves the images that img2dataset wrote as files to folder/images. Beside each folder of such
+    images lies a parquet file, which says the URL of each image. Returns how many images are in
+    folder/images now, and how many were asked for."""
     n, here, remedy = 0, 0, "name the --output_folder of img2dataset"
     for path, rows in batches(fetched, ["url", "key"], remedy):
         for url, key in zip(rows["url"], rows["key"]):

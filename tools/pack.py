@@ -55,8 +55,8 @@ class Skip(str):
 
 
 def read_samples(path):
-    """Yields (key, record, members): a name or a number from 0, a json's bytes or a dict, and in a
-    tar also {name: bytes}."""
+    """Yields (key, record, members). The key is a name or a number from 0, the record the bytes of
+    a json or a dict, and members is {name: bytes} in a tar, and empty elsewhere."""
     if path.suffix == ".tar":
         return tar_samples(path)
     records = enumerate(RECORDS[path.suffix](path))
@@ -64,8 +64,8 @@ def read_samples(path):
 
 
 def tar_samples(path):
-    """Neighbours that share a key, which is the path up to the name's first dot (WebDataset's
-    rule). Nothing is written to disk, so it does not matter what the members are called."""
+    """Members side by side with one key are a sample. A key is the path up to the name's first dot
+    (WebDataset's rule). Nothing is written to disk, so names of members can do no harm."""
     def key_of(member):
         folder, slash, name = member.name.rpartition("/")
         return folder + slash + name.split(".", 1)[0]
@@ -111,7 +111,7 @@ def open_zstd(path):
 
 
 def lines_of(path, open_file):
-    """The lines of a file, a Skip for each that is too long: 65 kB of zstd can be 2 GB of zeros."""
+    """The lines of a file. A Skip replaces long ones, as 65 kB of zstd can be 2 GB of zeros."""
     with open_file(path) as file:
         while line := file.readline(MAX_LINE):
             whole = line.endswith(b"\n") or len(line) < MAX_LINE
@@ -122,7 +122,7 @@ def lines_of(path, open_file):
 
 
 def list_records(path):
-    """The records of one long list, as LLaVA's of 1 GB, of which a few MB are in memory."""
+    """The records of one long list. Only a few MB of it are in memory (LLaVA's list has 1 GB)."""
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
     with open(path, encoding="utf-8-sig") as file:
         text = file.read(1 << 20).lstrip()
@@ -152,7 +152,7 @@ RECORDS = {".parquet": parquet_rows, ".txt": text_pieces, ".json": list_records,
 
 def caption_parts(record, members, folder):
     """img2dataset: KEY.jpg (or .png, .webp), and KEY.txt or else the "caption" of KEY.json. A key
-    ends at the first dot, so that 2024.a.jpg and 2024.b.jpg have one."""
+    ends at the first dot, so 2024.a.jpg and 2024.b.jpg have the same key."""
     images = [members[x] for x in members if x.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
     texts = [members[x].decode("utf-8-sig") for x in members if x.endswith(".txt")]
     if max(len(images), len(texts)) > 1:
@@ -164,8 +164,8 @@ def caption_parts(record, members, folder):
 
 
 def interleaved_parts(record, members, folder):
-    """OBELICS: lists "images" and "texts", of which one is None at each place. MMC4 and
-    OpenFlamingo: sentences, each after the images that it is matched with."""
+    """OBELICS has lists "images" and "texts", and one of the two is None at each place. MMC4 and
+    OpenFlamingo have sentences, each of which comes after the images that match it."""
     if "text_list" in record:
         images = [(info["matched_text_index"], info) for info in record["image_info"]]
         texts, separator = record["text_list"], " "
@@ -204,7 +204,7 @@ def conversation_parts(record, members, folder):
 
 
 def find_image(value, members, folder):
-    """Bytes of the image that a record names: in itself, in its tar or in a file beside it."""
+    """The bytes of an image, which lies in the record itself, in its tar or in a file beside it."""
     if isinstance(value, dict):  # image_info of OpenFlamingo or MMC4, or an image of a parquet file
         value = (base64.b64decode(value.get("image_base64") or "") or value.get("bytes")
                  or value.get("path") or value.get("image_name") or "")
@@ -243,7 +243,7 @@ OWN_CAPTIONS = "; of a folder of NAME.jpg and NAME.txt: python -m tarfile -c my.
 
 
 def read_source(path, kind):
-    """Yields (key, parts, record) of one file. One that is cut or damaged ends in a last Skip."""
+    """Yields (key, parts, record) of one file. If it is cut or damaged, a Skip comes last."""
     make_parts = LAYOUTS[kind][1]
     try:
         for key, record, members in read_samples(path):
@@ -389,8 +389,8 @@ def pack(sources, out, tokenizer="bytes", image_size=224, split="train", val_fra
     """Pack {kind: [globs, files or folders]} into `out` and return the content of data.json.
 
     Safe to interrupt and start again, and to call again with more files (`split="val"`).
-    SystemExit: nothing matches, `out` was packed with other settings or cannot be written, no
-    document survives."""
+    SystemExit if nothing matches, if `out` was packed with other settings or cannot be written, or
+    if no document survives."""
     out, encoding = Path(out), get_tokenizer(tokenizer)
     ranks = repr((encoding._pat_str, encoding._mergeable_ranks)).encode()
     config = {"tokenizer_hash": zlib.crc32(ranks), "vocab_size": encoding.n_vocab,
@@ -440,7 +440,7 @@ def find_sources(kind, patterns):
 
 
 def below(path):
-    """This path, and all files below it; a folder once, because links can lead around for ever."""
+    """This path, and all files below it. A folder is read once, because links can form a loop."""
     seen = {os.path.realpath(path)}
     yield path
     for root, folders, files in os.walk(path, followlinks=True):
@@ -451,7 +451,7 @@ def below(path):
 
 
 def unfinished(jobs, out, config):
-    """The jobs that no finished shard answers. SystemExit: `out` has another config."""
+    """The jobs that still lack a finished shard. SystemExit if `out` has another config."""
     done = {folder: shard["made_from"] for folder, shard in read_shards(out)}
     check(all(config.items() <= made_from.items() for made_from in done.values()),
           f"{out} was packed with another tokenizer than {jobs[0][3]} or another image size than "
@@ -463,7 +463,7 @@ def unfinished(jobs, out, config):
     todo = [job for job in jobs if done.get(job[2]) != job[4]]
     gone = {seen_as(x): (x["path"], folder) for folder, x in done.items()
             if not os.path.exists(x["path"]) or os.path.realpath(x["path"]) != x["path"]}
-    for *_, made_from in todo:  # or its documents would be there twice, or in both splits
+    for *_, made_from in todo:  # else its documents would be there twice, or in both splits
         before, folder = gone.get(seen_as(made_from), ("", ""))
         check(not before, f"{made_from['path']} seems to be {before}, which was packed before and "
               f"has moved: move it back, or delete {folder} to pack it anew")
@@ -536,7 +536,7 @@ def write_index(out, config, tokenizer):
 
 
 def copy_tokenizer(tokenizer, out):
-    """The name that data.json gives it. A file is copied, so that the folder can move."""
+    """The tokenizer's name in data.json. A file is copied to `out`, so that the folder can move."""
     if not str(tokenizer).endswith(".tiktoken"):
         return str(tokenizer)
     for source in map(Path(tokenizer).with_suffix, (".tiktoken", ".pat.txt")):

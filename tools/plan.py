@@ -4,10 +4,10 @@
     python train.py --dry-run --preset 932m --tokens 100B --gpus 8xh100x0.4x2.5
     python -m tools.sweep --dry-run --preset 275m,464m --tokens 1B,2B --gpus 8xh100x0.4x2.5
 
---gpus names the number of GPUs, the card, the MFU (0.4 where none is given) and the dollars for an
-hour of one. All other flags are train.py's. Of several runs, the last line is their sum, in which
-budgets share their trunks and each run has the GPUs that tools.sweep --ranks would give it. What
-is finished already counts, too.
+--gpus names the number of GPUs, the card, the MFU (default 0.4) and the dollars for an hour of one
+GPU. All other flags are train.py's. For several runs the last line is their sum. There budgets
+share their trunks, each run has the GPUs that tools.sweep --ranks would give it, and runs that have
+finished count, too.
 """
 import heapq
 import os
@@ -23,8 +23,8 @@ from data import Loader, check
 from model import on_meta, training_memory
 from tools import end_with_the_pipe
 
-# What a sample of the paper's data holds, in text tokens and images: captions by the ratios of its
-# Table 3, OBELICS has 115B tokens and 353M images in 141M documents, DCLM 4T tokens in 3B.
+# Text tokens and images in a sample of the paper's data. Captions follow from its Table 3; OBELICS
+# has 115B tokens and 353M images in 141M documents, and DCLM 4T tokens in 3B documents.
 SAMPLES = {"caption": ("DFN or COYO", 77, 1), "interleaved": ("OBELICS", 815, 2.5),
            "text": ("DCLM", 1330, 0)}
 
@@ -33,7 +33,7 @@ SAMPLES = {"caption": ("DFN or COYO", 77, 1), "interleaved": ("OBELICS", 815, 2.
 class Cards(train.Machine):
     """GPUs to plan for as if they were this machine."""
     mfu: float = 0.4
-    price: float = 0  # dollars for an hour of one
+    price: float = 0  # dollars for an hour of one card
 
 
 def cards_of(text):
@@ -53,7 +53,7 @@ def cards_of(text):
 
 
 def dollars(cards, seconds):
-    """Of all cards for so long, also where some stand idle; "" without a price."""
+    """The price of all cards for so many seconds, idle or not, as a text; "" without a price."""
     price = seconds / 3600 * cards.ranks * cards.price if cards else 0
     return f", {price:,.0f} dollars" if price else ""
 
@@ -70,13 +70,13 @@ def published_positions(run, loader):
 
 
 def lacks_data(run):
-    """Whether a size of the paper is planned without --data: then for the paper's."""
+    """Whether a size of the paper is planned without --data. If so, we assume the paper's data."""
     return run.train.preset != "laptop" and run.data.data == "procedural"
 
 
 def positions(run, loader):
-    """The same of this run, the mean of its first 100 rows, which have the shares of the mixture
-    exactly."""
+    """(text, image) positions of a row of this run's own data: the mean of its first 100 rows,
+    because they have exactly the shares of the mixture."""
     if lacks_data(run):
         return published_positions(run, loader)
     rows = [loader[g] for g in range(100)]
@@ -117,8 +117,8 @@ def plan(run, place, machine):
 
 
 def tell(jobs, cards, machine, ranks, at_once):
-    """Prints the plan of each of jobs, which are lists of runs with one trunk and have so many
-    ranks, and the sum of all, of which so many train at once."""
+    """Print the plan of each run, and the sum of all. A job is a list of runs that share a trunk.
+    Each job has `ranks` ranks, and `at_once` jobs train at the same time."""
     machine, free, disk = replace(machine, ranks=ranks), [0.0] * at_once, 0.0
     place, n_runs = replace(cards, ranks=ranks) if cards else machine, sum(map(len, jobs))
     for runs in jobs:
@@ -128,7 +128,7 @@ def tell(jobs, cards, machine, ranks, at_once):
             print(*lines, sep="\n", flush=True)
             cooldown = 1 - run.branch / run.steps  # only the longest budget pays for the trunk
             took, disk = took + seconds * (1 if run is runs[-1] else cooldown), disk + size
-        heapq.heapreplace(free, free[0] + took)  # it starts where the first becomes free
+        heapq.heapreplace(free, free[0] + took)  # a job starts when the first place becomes free
     if n_runs > 1:
         busy = sum(free) / at_once / max(free)
         idle = f", {busy:.0%} of them in use (--ranks divides a run)"
@@ -143,7 +143,7 @@ def line_of(kind, share, run, loader):
     shape, rows = run.model, run.steps * run.train.tokens_per_step // run.model.context
     tokens, epochs = rows * shape.context * share / 100, loader.epochs(rows)[kind]
     line = f"{kind}: {share} % of the rows, {tokens:,.0f} tokens"
-    if epochs:  # of the procedural world, 0
+    if epochs:  # it is 0 for the procedural world
         return f"{line}, {epochs:.2f} epochs of {run.data.data}"
     if kind not in SAMPLES or run.train.preset == "laptop":
         return line
@@ -155,8 +155,8 @@ def line_of(kind, share, run, loader):
 
 
 def measured_seconds(run, machine):
-    """Of a whole run: its micro-steps times the median of three. In the first, which is not among
-    them, torch allocates and compiles."""
+    """The seconds of a whole run: its number of micro-steps times the median of three that we time
+    here. A first one is not timed, because in it torch allocates and compiles."""
     rows, times = train.divide_step(run, machine)
     alone = replace(run, train=replace(run.train, shard=False, micro_rows=rows))
     trainer, ends = train.Trainer(alone, replace(machine, ranks=1)), []
@@ -173,7 +173,7 @@ def main(argv=None):
     parser.add_argument("--gpus", type=cards_of, metavar="8xh100x0.4x2.5")
     args, words = parser.parse_known_args(argv)
     runs = train.parse_runs(words)
-    if os.environ.pop("RANK", "0") != "0":  # of torchrun: one rank tells, for all of them
+    if os.environ.pop("RANK", "0") != "0":  # set by torchrun: one rank prints for all of them
         return
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     machine = train.Machine.start(runs[0].train.device)

@@ -2,7 +2,7 @@
 
     python -m tools.sample runs/demo/RUN --prompt "the "
     python -m tools.sample runs/real/RUN --image cat.png --prompt "a photo of"
-    python -m tools.sample runs/demo/RUN --out sample.png    held-out pictures, and what it says
+    python -m tools.sample runs/demo/RUN --out sample.png    held-out pictures with its answers
 
 Dimensions: S pixels of a side.
 """
@@ -20,7 +20,7 @@ from train import Parser, code_version
 
 def load_model(run_dir, data_now=None):
     """A run's directory -> its Model, on a GPU if there is one and in eval mode, and its data
-    settings (dict). Says so on stderr if the code was edited since. data_now: the packed folder to
+    settings (dict). A note on stderr tells if the code was edited. data_now: the packed folder to
     use instead of the run's own, which may have moved."""
     def build(ckpt):
         if ckpt["config"].get("made") != {"code": code_version()}:
@@ -42,7 +42,7 @@ def load_model(run_dir, data_now=None):
 def read_image(path, size):
     """Any image file -> uint8 (S,S,3): its centre square, resized, as in validation. SystemExit,
     one line, for a file that cannot be read."""
-    from tools.pack import Skip, load_image, store_size  # here, because only images need the package pillow
+    from tools.pack import Skip, load_image, store_size  # here, because only images need pillow
     try:
         image = load_image(Path(path).read_bytes(), store_size(size))
     except OSError as error:
@@ -73,12 +73,12 @@ def draw_held_out(model, data, tokenizer, out, n=3):
 
 
 def sampler(temperature, top_k, seed):
-    """-> a function logits (V,) -> an id, drawn on the CPU, where a seed means the same on every
-    machine, of the top_k likeliest if it is given. Temperature 0 takes the likeliest."""
+    """-> a function from logits (V,) to an id. It draws on the CPU, where a seed means the same on
+    every machine, among the top_k likeliest ids (0: all). Temperature 0 takes the likeliest id."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(logits):
-        least = logits.sort().values[-min(top_k, len(logits))]  # of all, if it is 0
+        least = logits.sort().values[-min(top_k, len(logits))]  # the least of all if top_k is 0
         logits = logits.masked_fill(logits < least, -math.inf)
         return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
     return draw if temperature else torch.argmax
@@ -91,7 +91,7 @@ def main(argv=None):
     parser.add_argument("--prompt", default="", help="text after the images")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among this many, 0: all")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among so many tokens; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", help="packed folder, if the run's has moved")
     parser.add_argument("--out", help="draw three held-out pictures and their captions here")

@@ -3,10 +3,10 @@
     python -m tools.score runs/sft/* --json runs/sft/scores.jsonl
     python -m tools.score runs/sft/RUN --data vqa.json
 
---data is a json in LLaVA's layout (a record of one question may have "answers", several references,
-as VQA has), a folder of tools.pack or the procedural world. Of the last two, a run whose mixture
+--data is a json in LLaVA's layout (where a record of one question may have several "answers", as in
+VQA), a folder of tools.pack or the procedural world. On a folder or the world, a run whose mixture
 has conversations answers held-out questions, and any other run captions held-out pictures. --json
-adds a row for tools.table to a file: what the run's own row says, and the scores.
+appends a row for tools.table to a file, with what the run's own row says and the scores.
 
 Dimensions:  S image side in pixels   P patches in an image
 """
@@ -73,7 +73,7 @@ def cider_d(candidates, references):
     """CIDEr-D (Vedantam et al. 2015), 0..10, of a text for each picture against a list of texts for
     each: cosines of tf-idf vectors of n-grams, counts clipped to the reference's, with a Gaussian
     penalty on the difference in length. The idf is of these references, so a single picture scores
-    0. Do not compare it with the official tool's, which has the Penn Treebank's tokenizer."""
+    0. The official tool has another tokenizer, the Penn Treebank's, so do not compare scores."""
     def ngrams(text):
         words = re.findall(r"[\w']+", text.lower())
         return [Counter(zip(*(words[i:] for i in range(n)))) for n in (1, 2, 3, 4)]
@@ -106,14 +106,14 @@ def held_out(model, data, source, n):
         places = [(row, row.doc == i + 1) for row in rows for i in range(row.n_docs)]
         # what does not start with end-of-text is the rest of a document that was cut
         places = [(row, at) for row, at in places if row.tokens[at][0] == row.eot]
-        # the world's documents are all alike; those of files come from all over the set
+        # the world's documents are all alike, but of packed ones we take some from all over the set
         step = 1 if source == "procedural" else max(1, len(places) // n)
         for row, at in places[:n * step:step]:
             yield kind, row.tokens[at], row.patch[at], row.target[at], row.images, None
 
 
 def conversations(path, cfg, encoding):
-    """The same of a json, with the "answers" of its records, laid out as for training."""
+    """Such documents from a json, laid out as in training, with the "answers" of its records."""
     for key, parts, record in read_source(path, "conversation"):
         parts = [load_image(x, store_size(cfg.image_size)) if isinstance(x, bytes) else x
                  for x in parts]
@@ -154,7 +154,7 @@ def answer_all(run, source, n, max_new_tokens):
         if source.endswith(LAYOUTS["conversation"][2]) else held_out(model, data, source, n or 64)
     for kind, prompt, references in tqdm(exchanges(documents, model.cfg, encoding), disable=None):
         ids = []
-        with suppress(ValueError):  # a prompt that fills the context: "", a wrong answer
+        with suppress(ValueError):  # a prompt that fills the context gets the answer ""
             ids = generate(model, prompt, max_new_tokens, stop=encoding.eot_token,
                            n_vocab=encoding.n_vocab)
         said.append((kind, encoding.decode(ids).strip(), references))

@@ -6,16 +6,16 @@
 A finding compares two settings in pairs of runs with the same seed, and so the same data in the
 same order, and all else equal. A difference is in per cent of the loss, or in points of accuracy.
 It is averaged over the pairs of a seed, and the 95 % t-interval is over seeds that have all pairs.
-How a lead changes is its difference at the largest setting minus that at the smallest: + means that
-the lead of the first became smaller.
+How a lead changes is the difference at the largest setting minus the difference at the smallest. If
+this is positive, the lead of the first of the two became smaller.
 
   replicates      the interval leaves out 0, and the sign is the paper's
   does not        the interval leaves out 0, and the sign is not the paper's
   no effect       the interval holds 0 and lies within +-1.5 %
-  inconclusive    otherwise; at the measured spread about so many seeds would decide
+  inconclusive    otherwise, with about how many seeds would decide if they spread as these do
 
-A new experiment is a line of FINDINGS. Its study is the folder that the sweep wrote to, or a pattern
-of several, each of which has its own pairs.
+To add an experiment, add a line to FINDINGS. Its study is the folder that the sweep wrote to, or a
+pattern that matches several such folders, each with pairs of its own.
 """
 import re
 from collections import namedtuple
@@ -33,7 +33,7 @@ SMALL = 1.5  # per cent: what we call no effect
 SETTINGS = ("fusion moe n_experts top_k granularity width depth vision_width mixture image_size"
             " context D patch_size tokens_per_step lr vision_lr warmup init init_vision scored"
             " seed study").split()
-# What differs with a field, and so need not be equal in a pair.
+# Settings that follow from a field: if the field differs in a pair, they may differ, too.
 FOLLOWS = {"fusion": "lr vision_lr vision_width init init_vision",
            "moe": "n_experts top_k granularity warmup init", "D": "warmup",
            "width": "lr vision_width", "interleaved_share": "mixture",
@@ -47,7 +47,7 @@ TEXT, NATIVE = EARLY | {"init": ".+"}, EARLY | {"init": ""}  # from a text model
 BOTH = FROZEN | {"init": ".+"}  # as the paper found best (Table 7)
 MATCHED = EARLY | {"width": ".+"}  # what tools.sizes --match found
 
-# `sign` is that of one minus two in the paper, 0 where they were equal. `across` asks how this
+# `sign` is the sign of one minus two in the paper, 0 if they were equal. `across` asks how this
 # difference changes from the smallest to the largest value of a field. Values are patterns.
 Finding = namedtuple("Finding", "section claim study one two sign metric across",
                      defaults=("loss", None))
@@ -123,12 +123,12 @@ def differences(rows, finding):
 
 
 def in_order(end):
-    """Numbers as such, and words, of which studies are, by the numbers in them."""
+    """The key for sorting settings: the numbers in a value, which may be the name of a study."""
     return [float(number) for number in re.findall(r"[\d.]*\d", str(end))]
 
 
 def whatever_rate(pairs):
-    """Their means over the learning rates, of which each end may have its own."""
+    """The means of pairs over learning rates, because each end may have a rate of its own."""
     found = {}
     for key, x in pairs.items():
         found.setdefault(tuple(item for item in key if item[0] != "lr"), []).append(x)
@@ -151,7 +151,7 @@ def judge(x, sign):
     def half(n):
         return stats.t.ppf(0.975, n - 1) * sd / n ** 0.5
     low, high = mean - half(len(x)), mean + half(len(x))
-    goal = max(abs(mean), SMALL - abs(mean))  # an interval of this half leaves out 0 or is small
+    goal = max(abs(mean), SMALL - abs(mean))  # the half-width of an interval that decides
     if low > 0 or high < 0:
         verdict = "**replicates**" if np.sign(mean) == sign else "**does not**"
     elif max(-low, high) <= SMALL:
@@ -165,8 +165,8 @@ def judge(x, sign):
 def main(argv=None):
     parser = Parser(prog="python -m tools.scoreboard", description=__doc__)
     parser.add_argument("paths", nargs="+", help="rows with their study, or folders of studies")
-    parser.add_argument("--loss", default="loss", help="of one kind of documents, as loss_text, "
-                        "where the finding is about the mean over kinds")
+    parser.add_argument("--loss", default="loss", help="the loss of one kind, such as loss_text, "
+                        "for the findings that are about the mean over kinds")
     args = parser.parse_args(argv)
     rows, lines, missing = read(args.paths), [], []
     check(any(args.loss in row for row in rows), f"--loss {args.loss}: no row has that")

@@ -28,8 +28,8 @@ STYLE = {"family": "monospace", "fontsize": 7, "va": "top", "parse_math": False}
 
 def row_segments(batch, b):
     """Row b as (document, kind, payload, nats): kind "image" (its index), "target" or "context"
-    (ids). A target is a token that some position has to predict. Where that costs nats at best, as
-    only the procedural world knows, a new segment begins."""
+    (ids). A target is a token that some position has to predict. A new segment begins at a target
+    that costs even the best model some nats, which only the procedural world knows."""
     tokens, doc, targets = (batch[k][b].tolist() for k in ("tokens", "doc", "targets"))
     nats = torch.zeros(batch["targets"].numel())
     nats[batch["target_index"]] = batch["nll"]
@@ -51,9 +51,9 @@ def row_segments(batch, b):
 
 
 def draw_rows(batch, decode, out_path, patch_size, image_size, kinds):
-    """Draw every row of a batch (as collate makes it) to a PNG, a bar for each document, of which
-    it says where the row has cut it. decode: list of ids -> str. kinds: that of each row (str).
-    SystemExit: the page cannot be written there."""
+    """Draw every row of a batch (as collate makes it) to a PNG. Every document has a bar, with
+    "(cut)" if the row cuts the document. decode: list of ids -> str. kinds: each row's kind (str).
+    SystemExit if the page cannot be written."""
     axes, images = new_page(), picture(batch["images"], patch_size, image_size)
     axes.text(7, 0, "blue: targets, which the model has to predict", STYLE, color=INK["target"])
     axes.text(56, 0, "grey: context, only read, as all images are", STYLE, color=INK["context"])
@@ -116,8 +116,8 @@ def draw_document(axes, y, segments, images, decode, gap):
 
 
 def draw_mask(batch, out_path):
-    """attention_mask of the first row: blue what a position sees of the past, orange what it sees
-    of the image that it is part of. White is not seen."""
+    """Draw attention_mask of the first row: blue is what a position sees of the past, orange what a
+    patch sees of its own image, and white what is not seen."""
     colors, axes = (need(f"matplotlib.{name}", "matplotlib") for name in ("colors", "figure"))
     axes = axes.Figure(figsize=(8.3, 8.6), layout="constrained").subplots()
     doc, image = batch["doc"][:1], batch["patch_index"][:1] // batch["images"].shape[1]  # (1, T)

@@ -63,7 +63,7 @@ def print_sizes(budgets):
 
 
 def positions(run, model):
-    """(text, image) positions of a row of this run, were this its model."""
+    """(text, image) positions of a row of this run if it had this model."""
     return plan.positions(replace(run, model=model), Loader(run.data, 0, model))
 
 
@@ -88,14 +88,14 @@ def matched_width(run, rule):
 
 
 def equal_text(runs):
-    """The flags at which a row holds as much text as it does with images of the default size:
-    images take more room, so the row grows, and with it the tokens of a step and of the run."""
+    """The flags at which a row holds as much text as with images of the default size. Larger images
+    need a longer row, and with the row grow the tokens of a step and of the run."""
     run = runs[0]
     sizes = vars(ModelConfig()) | SIZES[run.train.preset]
     base = replace(run.model, image_size=sizes["image_size"], patch_size=sizes["patch_size"])
     goal, _ = positions(run, base)
     context = base.context + run.model.n_patches
-    for _ in range(4):  # text grows about as the row does: each round is nearer
+    for _ in range(4):  # text grows about as the row does, so each round comes nearer
         text, _ = positions(run, replace(run.model, context=context))
         context = round(context * goal / text)
     step = run.train.tokens_per_step // base.context * context

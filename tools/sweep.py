@@ -6,10 +6,10 @@
     python -m tools.sweep ... --dry-run --gpus 8xh100x0.4x2.5       what all of it would take
 
 0..4 is short for 0,1,2,3,4. Budgets (--tokens) stay together, because they share a trunk. A machine
-with GPUs trains one model on each of them, or on --ranks of them by torchrun; a CPU trains one a
-core, each on one thread, because two threads on one small model are slower than two models on a
-thread each. What a run says goes to OUT/logs/RUN.log. All other flags go to train.py. Stop it when
-you like: the same command goes on where it stopped.
+with GPUs trains one model on each GPU, or on --ranks GPUs by torchrun. A CPU trains one model on
+each core, with one thread, because two threads on one small model are slower than two models on a
+thread each. What a run prints goes to OUT/logs/RUN.log. All other flags go to train.py. Stop it
+when you like, because the same command goes on where it stopped.
 """
 import contextlib
 import itertools
@@ -31,8 +31,8 @@ from tools import make_folder, plan, split_launcher, usable_cores
 
 
 def parse_grid(words):
-    """Flags with comma lists -> [(the words of one train.py, its Runs)], the longest first, because
-    otherwise one process would end up alone with it."""
+    """Flags with comma lists -> [(the words of one train.py, its Runs)]. The longest come first, or
+    else one process would still train the longest when all others have nothing left to do."""
     grid = {}
     for word in words:
         if word.startswith("--"):
@@ -71,7 +71,7 @@ def cost(run):
 
 
 def places(device, jobs, ranks):
-    """Environment variables for each model at a time: one on so many GPUs, or on so many cores."""
+    """-> the environment variables of each place, which is the GPUs or the cores of one model."""
     if device not in ("cpu", "mps") and torch.cuda.is_available():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
             map(str, range(torch.cuda.device_count())))
@@ -86,15 +86,15 @@ def places(device, jobs, ranks):
 
 
 def start(argv, run, place, ranks):
-    """A child that trains, its output in OUT/logs/RUN.log; several ranks are torchrun's, in a group
-    of its own, because it would take a Ctrl-C and then our signal for two."""
+    """Start a child that trains and logs to OUT/logs/RUN.log. torchrun gets its own process group,
+    because otherwise it would receive two signals, a Ctrl-C and then ours."""
     path = run.folder.parent / "logs" / f"{run.name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # by torchrun or slurm, but each child is alone
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # of torchrun or slurm, but each child is alone
     env = {k: v for k, v in os.environ.items() if k not in launched} | place
     launch = f"-m torch.distributed.run --standalone --nproc_per_node {ranks}".split()
     with open(path, "a", encoding="utf-8") as log:
-        begin = log.tell()  # what is before is of an earlier try
+        begin = log.tell()  # an earlier try wrote what stands before
         child = subprocess.Popen(
             [sys.executable, *launch * (ranks > 1), "-m", "tools.sweep", "--child", *argv], env=env,
             stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=ranks > 1)
@@ -103,8 +103,8 @@ def start(argv, run, place, ranks):
 
 
 def be_child(argv):
-    """train.py in a process that ends with its parent, however that dies: its standard input is
-    closed then, and the read returns."""
+    """Run train.py in a process that ends with its parent, however the parent dies, because the
+    standard input is closed then, and the read returns."""
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     sys.exit(train.main(argv))
 
@@ -122,13 +122,13 @@ def failure(child):
         return (f"killed by {name} (was there enough memory? try fewer --jobs or smaller "
                 f"--micro-rows); see {child.log}")
     lines = [line for line in text.splitlines() if line and not line.startswith("terminate called")]
-    ours = [line for line in lines if not line.startswith("[rank")]  # a rank that missed another
+    ours = [line for line in lines if not line.startswith("[rank")]  # from a rank that lost another
     last = "".join((ours or lines)[-1:]) or "it said nothing, as where the disk is full"
     return f"{child.log} was deleted" if gone else f"{last} (see {child.log})"
 
 
 def share_done(run):
-    """Of a run, by the steps in its log so far."""
+    """The share of a run that is done, by the steps in its log."""
     path = run.folder / "log.jsonl"
     try:
         with open(path, "rb") as file:
@@ -156,7 +156,7 @@ def train_all(jobs, free, ranks, bar, stop):
                 free.append(place)
                 why = failure(child)
                 failures += [f"{name}: {why}"] if why and not stop.asked else []
-            # asked once, because a second signal would end its saving
+            # we ask once, because a second signal would interrupt the saving
             if stop.asked and not ended and not child.asked:
                 child.terminate()
                 child.asked = True
@@ -171,7 +171,7 @@ def train_all(jobs, free, ranks, bar, stop):
 
 def tell(jobs, args):
     """What the jobs would take, on GPUs that need not be here."""
-    os.environ.pop("RANK", None)  # it is one process that tells
+    os.environ.pop("RANK", None)  # only this process prints the plan
     torch.set_num_threads(1)  # as each child will have
     jobs = [runs for _, runs in jobs]
     machine = train.Machine.start(jobs[0][0].train.device)

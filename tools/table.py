@@ -6,9 +6,9 @@
     python -m tools.table runs/before runs/after --by study,width --against study=before
 
 Reads OUT/results.jsonl of train.py, or any file of such rows, as tools.score writes. ± is the
-standard deviation over seeds. The last column is the difference to another line, of losses in per
-cent of that, with its 95 % t-interval. It is of pairs with one seed, because they may share noise
-(of the same data in the same order; in our runs little); where no seed is shared, it is Welch's.
+standard deviation over seeds. The last column is the difference from another line with its 95 %
+t-interval, for losses in per cent of the other line. Runs are paired by seed, because two runs of a
+seed may share noise (in ours they share little). If no seed is shared, the interval is Welch's.
 With --against, --plot draws these differences of pairs in per cent of the other line.
 """
 import re
@@ -31,14 +31,14 @@ MEASURED = re.compile(r"(loss|floor|accuracy|cider|facts|peak|wall|tok_per|mfu)\
 
 
 def read(paths):
-    """The rows of all files, each with its study: what it says itself, or the folder of its file.
-    Of a run that a file has twice in one study, the last."""
+    """The rows of all files. Each has a study, which the row itself names, or else the folder of
+    its file. If a file has a run twice in one study, the last row counts."""
     rows = {}
     for path in map(Path, paths):
         path = path / "results.jsonl" if path.is_dir() else path
         check(path.is_file(), f"{path} does not exist: name folders that train.py wrote to (--out)")
         for row in map(json_row, path.read_text("utf-8", "replace").splitlines()):
-            if "run" in row:  # or the line is broken, as where a disk was full
+            if "run" in row:  # a line without it is broken, as when a disk was full
                 study = row.setdefault("study", path.resolve().parent.name)
                 rows[path, study, row["run"], row.get("scored")] = row
     check(rows, f"{', '.join(paths)}: no run has ended yet")
@@ -55,9 +55,9 @@ def read(paths):
 
 
 def varying(rows, given=()):
-    """The given fields and all others that tell the rows apart. A field that those before it
-    determine, as the width does the learning rate, is left out: it would add a column but no line.
-    Those that rows of an older code lack come last."""
+    """The given fields and all others that tell the rows apart. If the fields before it determine a
+    field, as the width determines the learning rate, we leave it out, because it would add a column
+    but no line. Fields that rows of older code lack come last."""
     fields = list(given)
     known = dict.fromkeys(chain(*rows))
     for field in sorted(known, key=lambda field: not all(field in row for row in rows)):
@@ -130,8 +130,8 @@ def most_like(groups, key, lines):
 
 
 def drawn(groups, key, metric, against):
-    """Numbers to draw of a line, one a seed: its metric, or its difference in per cent to the line
-    most like it, for the seeds that both have."""
+    """The numbers to draw for a line, one for each seed: the metric, or its difference in per cent
+    from the line most like this one, for the seeds that both have."""
     values = measured(groups[key], metric)
     if not against:
         return [*values.values()]
@@ -162,8 +162,8 @@ def table(groups, fields, metrics, against):
 
 
 def plot(groups, fields, metrics, against, label, out):
-    """The last field across, a panel a metric, a line for each value of the other fields: the mean
-    over seeds and its standard deviation. Lines to compare with are not drawn."""
+    """Draw mean and standard deviation over seeds against the last field: a panel for each metric,
+    a line for each value of the other fields. The lines of --against are not drawn."""
     page, axes = panels(len(metrics))
     shown, values = [key for key in groups if key not in against], {key[-1] for key in groups}
     tells = [i for i in range(len(fields) - 1) if len({key[i] for key in shown}) > 1]

@@ -3,9 +3,9 @@
     python -m tools.words runs/demo/early-w16-d4-4M-s*
 
 The loss of a kind of documents is the sum of what its colours, names, verbs, values, acts and all
-other letters contribute, in nats a byte of the kind. Words after a second picture are told apart.
-Of several runs it prints the mean, and the standard deviation in per cent of the kind's loss. The
-runs need one --context, because documents that do not fit it are left out.
+other letters contribute, in nats a byte of the kind. Words after a second picture count separately.
+For several runs it prints the mean, and the standard deviation in per cent of the kind's loss. The
+runs need the same --context, because documents that do not fit the context are left out.
 """
 import random
 import re
@@ -28,7 +28,7 @@ def vocabulary(world):
 
 
 def words_of(parts, known):
-    """The parts of a document -> what the word is that each of its bytes belongs to."""
+    """The parts of a document -> for each byte, what the word is to which the byte belongs."""
     found, pictures = [], 0
     for part in parts:
         if not isinstance(part, str):
@@ -80,7 +80,7 @@ def main(argv=None):
         words = sorted(set().union(*sums))
         table = np.array([[*(each.get(word, 0) for word in words), sum(each.values())]
                           for each in sums])                                     # (runs, words + 1)
-        spread = table.std(0, ddof=min(1, len(sums) - 1))  # of one run, 0
+        spread = table.std(0, ddof=min(1, len(sums) - 1))  # 0 for a single run
         total = table[:, -1].mean()
         rows += [[kind, word, f"{mean:.3f}", f"{100 * mean / total:.0f} %",
                   f"{100 * sd / total:.1f} %"]
