@@ -43,6 +43,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from scipy.optimize import minimize, nnls
+from tqdm import tqdm
 
 
 def check(condition, message):
@@ -221,14 +222,14 @@ def draw_weights(runs, count, seed):
 
 
 def bootstrap(runs, fit, weight):
-    """Refit each resample of weight (K, n), starting at the full fit -> coef (K, 5).
-    Below 20 rows we try three more starts, because a small resample often has another best
-    minimum (one resample in eight does at 16 rows, one in a hundred at 20)."""
+    """Refits each resample of weight (K, n), starting at the full fit -> coef (K, 5). Below 20 rows
+    it tries three more starts, because one small resample in eight has another best minimum."""
     problem = build_problem(runs)
     starts = [problem.theta(fit.coef)]
     if len(runs.N) < 20:
         starts.extend(screen(problem, projected_starts(problem), 3))
-    found = [minimise(problem, starts, w).x for w in weight]
+    bar = tqdm(weight, "bootstrap", leave=False, delay=2, disable=None)
+    found = [minimise(problem, starts, w).x for w in bar]
     return np.reshape(found, (-1, 5)) @ problem.centring
 
 
@@ -239,7 +240,6 @@ def interval(samples):
 
 
 # ---------------------------------------------------------------- compute-optimal models
-
 
 def predict(coef, N, D):
     """Loss in nats. coef (5,) takes N and D of any shape; coef (K, 5) takes numbers or (K,)."""

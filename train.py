@@ -901,18 +901,18 @@ def summary(row):
 
 def show_sample(trainer):
     """Prints what the data say of a held-out picture, and what the model says."""
-    source, cfg, say = trainer.loader.source, trainer.run.model, trainer.machine.say
+    source, cfg, encoding = trainer.loader.source, trainer.run.model, trainer.loader.encoding
     if "caption" not in trainer.loader.val_kinds or trainer.run.train.shard:
         return  # FSDP gives a block a copy of the cache, so ours would stay empty
-    row, stop = source.val_row("caption", 0), source.encoding.eot_token
+    row, stop = source.val_row("caption", 0), encoding.eot_token
     image = torch.from_numpy(patchify(row.images[0], cfg.patch_size))  # (patches, patch_dim)
     truth = itertools.takewhile(lambda token: token not in (stop, -1), row.target[cfg.n_patches:])
     with torch.compiler.set_stance("force_eager"):  # a growing prompt would compile at each token
-        said = generate(trainer.model, [[stop], image], 64, stop=stop,
-                        n_vocab=source.encoding.n_vocab)
-    say(f"a held-out picture: {source.encoding.decode(list(truth))!r}\n"
-        f"the model says:     {source.encoding.decode(said)!r}\n"
-        f"ask it more:        python -m tools.sample \"{trainer.run.folder}\" --prompt \"the \"")
+        said = generate(trainer.model, [[stop], image], 64, stop=stop, n_vocab=encoding.n_vocab)
+    more = '--prompt "the "' if "text" in trainer.loader.shares else "--image YOUR.jpg"
+    trainer.machine.say(f"a held-out picture: {encoding.decode(list(truth))!r}\n"
+                        f"the model says:     {encoding.decode(said)!r}\n"
+                        f'ask it more:        python -m tools.sample "{trainer.run.folder}" {more}')
 
 
 def train_one(run, machine):
