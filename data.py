@@ -507,7 +507,7 @@ class Loader:
         there = self.source.kinds["train"]
         missing = [kind for kind in self.shares if kind not in there]
         check(not missing, f"--mixture {cfg.mixture}: {cfg.data} has only {', '.join(there)}; give "
-              f"{' and '.join(missing)} 0 (it is {'-'.join(KINDS[:3])})")
+              f"{' and '.join(missing)} 0 (it is {'-'.join(PRETRAINING)})")
         # The kinds whose losses are reported (`loss` is their mean): the paper's three, whatever
         # the mixture is, and others that are in the mixture. But a mixture with conversations is
         # for finetuning, and then only the loss of conversations is reported.

@@ -450,8 +450,6 @@ class Trainer:
         self.forward = distribute(self.model, run.train.shard, machine)
         self.optimizer = make_optimizer(self.model, run.train, machine)  # not before sharding
         self.loader = Loader(run.data, run.train.seed, run.model)
-        for kind in self.loader.val_kinds:  # a mistake must show before training, not after
-            self.loader.source.val_row(kind, 0)
         data = asdict(run.data) | self.loader.source.known_by
         self.config = {"model": asdict(run.model), "data": data, "train": asdict(run.train),
                        "made": {"code": code_version()}}
@@ -569,6 +567,8 @@ class Trainer:
         """Starts from the run's own checkpoint, else from the longest trunk of another budget, else
         from fresh or given weights. Rank 0 decides, because ranks on other machines could see
         other files, and would train on at another step without a word."""
+        for kind in self.loader.val_kinds:  # a mistake must show before training, not after
+            self.loader.source.val_row(kind, 0)
         own = self.run.folder / "ckpt.pt"
         found = self.trunks() if self.machine.rank == 0 and not own.exists() else {}
         path = self.machine.share(own if own.exists() else found.get(max(found, default=0)))
@@ -835,7 +835,7 @@ def compile_blocks(model):
     for module in model.modules():
         if isinstance(module, Block):
             module.compile()
-        if hasattr(module, "loop"):  # a step without tokens for an expert would make a new graph
+        if hasattr(module, "looped"):  # a step without tokens for an expert would make a new graph
             module.looped = torch.compiler.disable(module.looped)
 
 
