@@ -34,6 +34,7 @@ import zlib
 from collections import ChainMap
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -436,6 +437,8 @@ class Trainer:
         torch.manual_seed(run.train.seed)  # the same weights on every rank and device
         self.model = Model(run.model)
         self.adopt_weights()
+        if run.model.fusion == "late" and not run.train.vision_lr:  # frozen, but for its connector
+            self.model.vision.requires_grad_(False).connector.requires_grad_(True)
         if not run.train.shard:  # FSDP moves one block after the other
             self.model.to(machine.device)
         self.model.dtype = machine.dtype
@@ -498,10 +501,9 @@ class Trainer:
         different each time and a log must be reproducible. Returns what the bar shows (dict)."""
         speed = self.speed()
         if self.machine.rank == 0:
-            with open(self.run.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            with open(self.run.folder / "speed.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": line["step"], **speed}) + "\n")
+            for name, content in (("log", line), ("speed", {"step": line["step"], **speed})):
+                with open(self.run.folder / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(content) + "\n")
         self.clock = time.perf_counter()  # so that evaluations do not count as training
         shown = {**speed, **self.val}
         return {name: shown[name] for name in ("padding", "mfu", "val_loss") if name in shown}
@@ -539,9 +541,8 @@ class Trainer:
         have the file."""
         weights, moments = {}, {}
         if self.machine.rank == 0:
-            parts = ("model", "optimizer", "step", "stats", "config", "log")
             weights, moments, self.step, self.stats, config, log = read_checkpoint(
-                path, lambda saved: [saved[part] for part in parts])
+                path, itemgetter("model", "optimizer", "step", "stats", "config", "log"))
             with zipfile.ZipFile(path) as file:  # torch.load would not notice a flipped bit
                 damaged = file.testzip()
             check(not damaged, f"{path} is damaged, because the checksum of {damaged} differs: "
@@ -582,8 +583,7 @@ class Trainer:
         found, code, out = {}, f"-{code_version()}", self.run.folder.parent
         name = self.run.name.removesuffix(code).replace(f"-{self.run.train.tokens}-", "-*-")
         for path in sorted([*out.glob(f"{name}/trunk.pt"), *out.glob(f"{name}{code}/trunk.pt")]):
-            step, config, log = read_checkpoint(
-                path, lambda saved: [saved[part] for part in ("step", "config", "log")])
+            step, config, log = read_checkpoint(path, itemgetter("step", "config", "log"))
             changed = self.changed(config)
             if step <= self.run.branch and not changed:
                 rate = self.optimizer.param_groups[0]["peak"] * rate_at(step - 1, self.run)
@@ -630,7 +630,7 @@ def make_optimizer(model, cfg, machine):
     def group(vision, decay):
         params = [p for name, p in model.named_parameters()
                   if (late and name.startswith("vision.") and "connector" not in name) == vision
-                  and (p.ndim >= 2 and "positions" not in name) == decay]
+                  and (p.ndim >= 2 and "positions" not in name) == decay and p.requires_grad]
         peak = cfg.lr * (cfg.vision_lr if vision else 1.0)
         return {"params": params, "peak": peak,
                 "weight_decay": cfg.weight_decay / peak if decay and peak else 0.0}
@@ -737,7 +737,7 @@ def train(trainer):
 
             # clip and step: divide gradients by totals[2], the targets of all micro-batches and
             # ranks, and multiply by the number of ranks, because DDP has averaged over them
-            grads = [p.grad for p in trainer.model.parameters()]
+            grads = [p.grad for p in trainer.model.parameters() if p.requires_grad]
             torch._foreach_mul_(grads, machine.ranks / totals[2].clamp(min=1))
             norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(),
                                                   cfg.grad_clip or math.inf)

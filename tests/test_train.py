@@ -354,6 +354,10 @@ def test_vision_learning_rate_zero_freezes_the_encoder(tmp_path):
     for name, value in weights(one(tmp_path)).items():
         frozen = name.startswith("vision.") and "connector" not in name
         assert torch.equal(value, before[name]) == frozen, name
+    trainer = train.Trainer(run_of("--fusion", "late", "--vision-lr", "0"), CPU)
+    trainer.model(next(trainer.loader.val_batches("caption", 2))).loss.backward()
+    learned = {name for name, p in trainer.model.named_parameters() if p.grad is not None}
+    assert {n for n in learned if n.startswith("vision.")} == {"vision.connector.weight"}
 
 
 # -- the paper's experiments ---------------------------------------------------------------------
