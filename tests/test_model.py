@@ -374,6 +374,7 @@ def test_sampling():
     greedy = generate(model, [[1, 2]], 12)
     assert generate(model, [[1, 2]], 12, stop=greedy[3]) == greedy[:greedy.index(greedy[3])]
     assert generate(model, [[1, 2]], 12, choose=sampler(2.0, 1, 0)) == greedy
+    assert generate(model, [[1, 2]], 12, choose=sampler(1e-6, 0, 0)) == greedy  # cold
     assert max(generate(model, [[1]], 20, n_vocab=5, choose=sampler(50.0, 99, 0))) < 5
     assert len(generate(model, [[1] * 20], 99)) == 4, "ends with the context of 24"
     assert "has 24" in one_line(ValueError, generate, model, [[1] * 24], 1)

@@ -135,7 +135,8 @@ def test_the_game_scores_guesses_beside_a_law_that_has_not_seen_the_answers(caps
     guesses = ",".join(str(1.1 * loss) for _, loss in truth)
     you, law = game.main([study, "--group", "late", "--guess", guesses])
     assert you == pytest.approx(10)
-    told, _ = capsys.readouterr().out.split("you and the law")
+    told, end = capsys.readouterr().out.split("you and the law")
+    assert ("you beat" in end) == (you < law)
     assert f"{largest(rows):,}" not in told and f"{min(row['N'] for row in rows):,}" in told
     groups = fit_laws.main([study, "--bootstrap", "0", "--holdout", "1"])["groups"]
     held, = (group["holdout"] for group in groups if group["name"] == "late")

@@ -64,7 +64,7 @@ def test_seeds_are_pooled_and_only_fields_that_vary_are_columns(capsys, tmp_path
     lines, _ = cells(capsys, tmp_path, ROWS, "--by", "moe,tokens_per_parameter,caption_share")
     assert [[line[x] for x in ("tokens_per_parameter", "caption_share")] for line in lines] == [
         ["5.12", "45"]] * 2
-    assert [none[x] for x in ("loss", "n", "Δ loss, %")] == ["1.2000 ± 0.2000", "3", "reference"]
+    assert [*none.values()][1:] == ["3", "1,000", "5,120", "1.2000 ± 0.2000", "100", "reference"]
     assert learned["moe"] == "learned" and learned["loss"] == "1.0667 ± 0.2082"
     rows = [{**r, "mfu": 0.4 + 0.01 * i, "facts_bits": i} for i, r in enumerate(ROWS)]  # measured
     assert [line["n"] for line in cells(capsys, tmp_path, rows)[0]] == ["3", "3"]
@@ -79,6 +79,11 @@ def test_a_run_that_two_studies_share_is_in_both(capsys, tmp_path):
         flags = [word for rule in rules for word in ("--where", rule)]
         lines, _ = cells(capsys, tmp_path, rows, *flags, "--by", "moe")
         assert [line["n"] for line in lines] == ["3", "3"]
+    assert cells(capsys, tmp_path, [*ROWS, ROWS[0] | {"loss": 1.6}])[0][0]["loss"][:3] == "1.4"
+    rows = [r | {"scored": data, "accuracy": x * r["loss"]}  # asked about two data sets
+            for data, x in (("a", 0.1), ("b", 0.3)) for r in ROWS[:3]]
+    lines, _ = cells(capsys, tmp_path, rows, "--by", "scored", "--metric", "accuracy")
+    assert [line["accuracy"] for line in lines] == ["0.1200 ± 0.0200", "0.3600 ± 0.0600"]
 
 
 def test_two_folders_are_compared_as_two_studies(capsys, tmp_path):
@@ -123,18 +128,26 @@ def test_without_pairs_it_is_welchs_and_of_single_runs_it_has_no_interval(capsys
 
 def test_each_line_is_compared_with_its_like(capsys, tmp_path):
     rows = [row(moe, seed, loss * (1 + seed / 10) + width, width=width, run=f"{moe}{width}{seed}")
-            for width in (8, 16) for moe, loss in (("none", 1.0), ("learned", 0.7))
+            for width in (16, 8) for moe, loss in (("none", 1.0), ("learned", 0.7))
             for seed in (-1, 1)]
     lines, _ = cells(capsys, tmp_path, rows, "--by", "width,moe", "--against", "moe=none")
     assert [line["Δ loss, %"][:4] for line in lines] == ["refe", "-3.3", "refe", "-1.8"]
+    rows = [row("none", 0, 2.0), row("none", 0, 1.0, run="longer", steps=20),
+            row("learned", 0, 0.9, N=2000, steps=20)]  # as many tokens count more than tokens / N
+    flags = "--by", "moe,tokens_per_parameter", "--against", "moe=none"
+    assert cells(capsys, tmp_path, rows, *flags)[0][-1]["Δ loss, %"] == "-10.0 [—]"
+    rows = [row(width, 0, 1.0, n_experts=n, width=width, run=f"{n}{width}")
+            for n in (8, 4, None) for width in (16, 32)]  # rows that lack a number come first
+    lines, _ = cells(capsys, tmp_path, rows, "--by", "n_experts,width")
+    assert [line["n_experts"][0] for line in lines] == [*"NN4488"]
 
 
 def test_diverged_runs_are_counted_and_named(capsys, tmp_path):
     """Also when they ended before their last token."""
-    bad = row("learned", 2, None, status="diverged", D=2048)
+    bad = row("learned", 2, None, status="diverged", D=2048, tok_per_s=0.0)
     (_, learned), text = cells(capsys, tmp_path, [*ROWS[:5], bad])
     assert learned["n"] == "2 (+ 1 diverged)" and learned["loss"].startswith("0.9500")
-    assert "diverged: learned-s2" in text
+    assert "diverged: learned-s2" in text and learned["tokens/s"] == "100"
     (_, learned), _ = cells(capsys, tmp_path, [*ROWS[:3], bad])
     assert (learned["n"], learned["loss"], learned["Δ loss, %"]) == ("0 (+ 1 diverged)", "—", "—")
 
@@ -199,7 +212,8 @@ def test_curves_of_any_folders_over_tokens_flops_and_seconds(study, sft_run, pag
             (tmp_path / "new" / name).write_bytes((late / name).read_bytes())
         assert len(curves.read([tmp_path], over)[0]) == seen
     assert drawn(late, sft_run)[0] == n_axes
-    assert set(drawn(late)[1]) == {"late fusion, dense, width 16"}
+    line = drawn(late)[1]["late fusion, dense, width 16"]  # of the last panel
+    assert [*line.get_ydata()] == [step["val_loss_text"] for step in steps if "val_loss" in step]
 
 
 def test_a_curve_is_named_by_what_decides_it():
@@ -238,6 +252,8 @@ def test_cider_d_of_captions_whose_value_is_known():
     assert score.cider_d(upper, [[text, "x"] for text in texts]) == pytest.approx(5)  # 10 and 0
     assert score.cider_d(texts, [["two green hens sit"], ["it rains very hard"]]) == 0
     assert score.cider_d(texts[:1], [texts[:1]]) == 0  # no idf without other pictures
+    part = (3 / 4 + 2 / 3 + 1 / 2 + 0) / 4  # of the n-grams are in the reference
+    assert score.cider_d(["a red cat eats", texts[1]], [*zip(texts)]) == pytest.approx(5 + 5 * part)
     longer = 10 * (0.5 / 4) * np.exp(-1 / 72)
     assert score.cider_d(["x x", "z"], [["x"], ["y"]]) == pytest.approx((longer + 0) / 2)
 
@@ -255,8 +271,8 @@ def vqa(folder, records):
 
 
 RECORDS = [llava("red.png", "<image>\nwhat colour?", "red") | {
-               "answers": ["red", "red", "dark red"]},
-           llava(None, "one?", "two", "three?", "four")]
+               "answers": ["red", {"answer": "red"}, "dark red"]},  # LLaVA's way and VQA's
+           llava(None, "one?", "two", "three?", "four") | {"answers": ["to which?"]}]
 
 
 def test_conversations_become_questions_with_their_history(tmp_path):
@@ -333,8 +349,8 @@ def test_scores_of_a_model_that_knows_the_answers(sft_run, tmp_path, monkeypatch
 
 
 def test_a_prompt_that_fills_the_context_is_a_wrong_answer(sft_run, tmp_path, capsys):
-    records = [llava(None, "why? " * 100, "because")]
-    score.main([str(sft_run), "--data", str(vqa(tmp_path, records))])
+    records = 2 * [llava(None, "why? " * 100, "because")]
+    score.main([str(sft_run), "--data", str(vqa(tmp_path, records)), "-n", "1"])
     assert "accuracy 0, cider_d 0, n_scored 1" in capsys.readouterr().out
 
 
@@ -398,12 +414,16 @@ def test_a_board_gets_every_curve_with_its_step(to, tmp_path, monkeypatch):
 # -- plan ------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_says_what_a_run_takes_and_trains_nothing(tmp_path):
-    """From any folder."""
+def test_a_dry_run_says_what_a_run_takes_and_trains_nothing(tmp_path, monkeypatch):
+    """From any folder. The time is the median of three micro-steps, here 3, times their number."""
     flags = "--dry-run --width 16 --tokens 1M".split()
     said = python(ROOT / "train.py", *flags, cwd=tmp_path).stdout
     assert "1,953 steps" in said and "time: 0:0" in said and "padding: 0" in said
     assert not list(tmp_path.iterdir())
+    run, = train.parse_runs([*TINY, "--micro-rows", "1"])  # 20 steps of 2 micro-steps
+    clock = iter([0, 5, 7, 10]).__next__
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=clock))
+    assert plan.measured_seconds(run, train.Machine.start("cpu")) == 20 * 2 * 3
 
 
 def test_a_dry_run_for_gpus_that_are_not_here(capsys):
@@ -424,6 +444,10 @@ def test_a_dry_run_for_gpus_that_are_not_here(capsys):
                  f"{0.45 * D:,.0f} tokens; of DFN or COYO: {captions:,.0f} samples, {size:,.1f} GB",
                  "of OBELICS", "of DCLM"):
         assert line in said
+    plan.main([*flags, "--shard", "--gpus", "8xh100"])
+    said, (fixed, row) = capsys.readouterr().out, training_memory(cfg, 8, True)
+    rows = int(re.search(r"steps of (\d+) rows", said)[1])
+    assert f"memory: {(fixed + rows * row) / 1e9:.1f} GB of 80" in said
     with pytest.raises(SystemExit, match="--gpus 8xh100"):
         plan.main([*flags, "--shard", "--gpus", "1xh100"])
     with pytest.raises(SystemExit, match="checkpointing|shard"):
@@ -450,15 +474,19 @@ def test_a_dry_run_of_a_paper_size_needs_neither_its_data_nor_its_gpu(capsys):
 
 def test_a_dry_run_of_a_sweep_adds_up(capsys):
     """6 N D at MFU 0.5; the shorter budget costs its cooldown only, a fifth of it. Of two sizes on
-    two GPUs the larger takes longer, on one they follow each other."""
+    two GPUs the larger takes longer; on one, or where each takes both, they follow each other."""
     flags = ["--preset", "275m,464m", "--tokens", "1B,4B", "--dry-run", "--gpus"]
     larger, smaller = (6 * N * (4e9 + 0.2e9) / (989e12 * 0.5) / 3600
                        for N in (464_027_648, 274_841_600))
-    for gpus, dollars in ((1, larger + smaller), (2, 2 * larger)):
-        sweep.main([*flags, f"{gpus}xh100x0.5x1"])
-        last = capsys.readouterr().out.splitlines()[-1]
-        assert f"all 4 runs, {gpus} at a time" in last and f" {dollars:.0f} dollars" in last
-        assert ("in use" in last) == (gpus > 1 and smaller < 0.6 * larger)
+    both = larger + smaller
+    for gpus, more, at_once, dollars in ((1, "", 1, both), (2, "", 2, 2 * larger),
+                                         (2, "--ranks=2", 1, both), (2, "--jobs=1", 1, 2 * both)):
+        sweep.main([*flags, f"{gpus}xh100x0.5x1", *more.split()])
+        said = capsys.readouterr().out
+        last, disk = said.splitlines()[-1], sum(map(float, re.findall(r"disk: (\S+)", said)))
+        assert float(last.split()[-4]) == pytest.approx(disk, abs=0.03)
+        assert f"all 4 runs, {at_once} at a time" in last and f" {dollars:.0f} dollars" in last
+        assert ("in use" in last) == (at_once > 1 and smaller < 0.6 * larger)
 
 
 @pytest.mark.parametrize("read, texts", [

@@ -69,7 +69,7 @@ def varying(rows, given=()):
 
 
 def group(rows, fields):
-    """{values of the fields: {seed: row}}; numbers in order, words as they first appear."""
+    """{values of the fields: {seed: row}}; words as they first appear, then numbers in order."""
     groups = {}
     for row in rows:
         seeds = groups.setdefault(tuple(row.get(field) for field in fields), {})
@@ -82,7 +82,8 @@ def group(rows, fields):
     places = [*enumerate(chain(*groups))]
     first = {value: place for place, value in reversed(places)}
     return dict(sorted(groups.items(), key=lambda item: [
-        value if isinstance(value, (int, float)) else first[value] for value in item[0]]))
+        (True, value) if isinstance(value, (int, float)) else (False, first[value])
+        for value in item[0]]))  # never a word at the place of a number, which would split a line
 
 
 def measured(seeds, metric):
@@ -150,13 +151,13 @@ def table(groups, fields, metrics, against):
     for key, seeds in groups.items():
         row, losses = next(iter(seeds.values())), measured(seeds, metrics[0])
         bad = sum(row.get("status", "ok") != "ok" for row in seeds.values())
-        speed = np.mean([row.get("tok_per_s") or 0 for row in seeds.values()])
+        speed = [row["tok_per_s"] for row in seeds.values() if row.get("tok_per_s")]
         like = most_like(groups, key, against)
         yield [*(str(row.get(field, "—")) for field in shown),
                f"{len(seeds) - bad}" + (f" (+ {bad} diverged)" if bad else ""),
                *(f"{row.get(size, 0):,}" for size in sizes),
                *(pooled([*measured(seeds, metric).values()]) for metric in metrics),
-               f"{speed:,.0f}",
+               f"{np.mean(speed or 0):,.0f}",  # 0 after a single step, as of a run that diverged
                "reference" if like == key else
                difference(losses, measured(groups[like], metrics[0]), percent)]
 
