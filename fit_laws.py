@@ -312,7 +312,7 @@ def read_rows(path):
               f"{path}: no such table (run folder, .jsonl, .csv or .tsv)")
         lines = [*filter(str.strip, path.read_text("utf-8-sig").splitlines())]
         comma = max(",;\t", key="".join(lines[:1]).count)
-        table = csv.DictReader(lines, delimiter=comma, restkey="status")
+        table = csv.DictReader(lines, None, "status", delimiter=comma, skipinitialspace=True)
         rows = list(map(json_row, lines) if kind == ".jsonl" else table)
     except (OSError, ValueError, csv.Error) as error:
         check(False, f"{path}: no readable table in UTF-8 ({error})")
@@ -386,10 +386,9 @@ def load(args):
 
 def make_runs(rows, name, loss, args, notes):
     """Rows of one group, column of losses -> Runs. Rows of equal N and D are seeds; all stay."""
-    for key in ("N", "D", loss):
-        column(rows, key)
-        good = np.isfinite(positive(rows, key))
-        rows = keep(rows, good, f"{key} is not a positive number in {name}", notes)
+    for k in ("N", "D", loss):
+        column(rows, k)
+        rows = keep(rows, positive(rows, k) > 0, f"{k} is not a positive number in {name}", notes)
     check(rows, f"{name}: no row is left; correct these columns")
     N, D, L = (positive(rows, key) for key in ("N", "D", loss))
     Nv, Dv = positive(rows, "N_vision"), positive(rows, "D_vision")
@@ -398,10 +397,12 @@ def make_runs(rows, name, loss, args, notes):
         kinds = {str(row.get(key)) for row in rows}
         if len(kinds) > 1 and key not in (args.group_by or ""):
             notes.append(f"{name}: one law for {key} {', '.join(sorted(kinds))} (--group-by)")
-    models = {(row["N"], row["D"], str(row.get("seed", i))) for i, row in enumerate(rows)}
+    models = {(row["N"], row["D"], str(row.get("seed", row[loss]))) for row in rows}
     if len(models) < len(rows):
-        notes.append(f"{name}: {len(rows) - len(models)} runs have the N, D and seed of another, "
-                     "by other flags or code (--where, --group-by)")
+        notes.append(f"{name}: {len(rows) - len(models)} runs have the N, D and seed of another "
+                     "(or loss, without seeds): copies, or other flags (--where, --group-by)")
+    if len({str(row.get("seed", i)) for i, row in enumerate(rows)}) == 1 < len(rows):
+        notes.append(f"{name}: one seed: intervals are too narrow if token counts share a trunk")
     C, vision = 6 * (np.nan_to_num(Nv * Dv) + N * D), (0, 0, 1)
     if np.isfinite(Nv * Dv).all() and np.ptp(N) > 0:
         q, p = np.polyfit(np.log(N), np.log(Nv), 1)
@@ -510,11 +511,10 @@ def print_table(records):
 
 def print_group(g):
     """One group in sentences: what its law says of more compute, and what the flags ask for."""
-    advice = (f"for 10 times the compute, take {10 ** g['a']:.1f} times the parameters and "
-              f"{10 ** g['b']:.1f} times the tokens")
     unsure = "?" * ("a" in g["not_identified"])
-    if unsure:
-        advice = "these runs do not say how to spend more compute"
+    advice = "these runs do not say how to spend more compute" if unsure else (
+        f"for 10 times the compute, take {10 ** g['a']:.1f} times the parameters and "
+        f"{10 ** g['b']:.1f} times the tokens")
     floor = f"; the true floor of the loss is {g['floor']:.4f}" if g["floor"] > 0 else ""
     print(f"\n{g['name']}: {advice}{floor}")
     for b in g["budgets"]:

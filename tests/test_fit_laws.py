@@ -176,7 +176,7 @@ def test_budgets_of_one_trunk_are_drawn_together():
 
 @pytest.mark.parametrize("head, columns", [
     ("d,n,params,tokens,train_loss,val_loss", "9,{i},{N},{D},1,{L}"),  # a width, a row's number
-    ("N,D,loss", "{N},{D},{L}")])
+    ("N,D,loss", "{N},{D},{L}"), ('"N", "D", "loss"', '"{N}", "{D}", "{L}"')])
 def test_columns_are_taken_by_their_clearest_name(tmp_path, head, columns):
     runs = planted(EARLY)
     lines = [columns.format(i=i, N=N, D=D, L=L)
@@ -204,7 +204,13 @@ def test_what_one_law_should_not_take_for_one_model_is_noted(tmp_path, capsys):
     twin = rows[0] | {"run": "edited", "code": "new", "loss": 2 * rows[0]["loss"]}
     write_rows(folder / "results.jsonl", [*rows, twin])
     run(folder, "--bootstrap", 0)
-    assert re.search("early: 1 .*N, D and seed of another", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search("early: 1 .*N, D and seed of another", said)
+    assert "early: one seed" in said and "late: one seed" in said
+    copies = [{k: row[k] for k in ("N", "D", "loss")} for row in rows if row["fusion"] == "late"]
+    run(write_rows(tmp_path / "twice.jsonl", copies * 2), "--bootstrap", 0)
+    said = capsys.readouterr().out
+    assert "all: 16 runs have" in said and "one seed" not in said
     args = fl.parse_args([str(folder), "--group-by", "", "--bootstrap", "0"])
     _, (pooled,) = fl.gather(args)
     assert pooled.runs.C.tolist() == [row["C"] for row in [*rows, twin]]
