@@ -190,3 +190,7 @@ def test_the_multiplier_of_a_planted_pair(tmp_path, capsys):
     for pair, value in ((["early", "late"], "6.00"), (["late", "early"], "0.17")):
         multiplier.main([path, "--compare", *pair, "--bootstrap", "20"])
         assert capsys.readouterr().out.count(f" FLOPs: {value} [{value}, {value}]\n") == 3
+    multiplier.main([path, "--compare", "early", "late", "--bootstrap", "1",
+                     "--budget", "1e9,1e12"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "FLOPs:" in line]
+    assert [line.endswith(", outside the range") for line in lines] == [True, False]

@@ -46,7 +46,8 @@ def multiplier(one, two, C, visions):
 
 
 def print_multipliers(studies, args):
-    """A line for each budget, with its 95 % interval over resamples of the trunks."""
+    """A line for each budget, with its 95 % interval over resamples of the trunks. It says where a
+    budget lies outside the runs of one of the two groups."""
     found = {s.runs.name: s for s in studies}
     pair = [found[name] for name in args.compare]
     check(max(s.fit.condition for s in pair) <= RIDGE,
@@ -54,14 +55,15 @@ def print_multipliers(studies, args):
     visions = [s.runs.vision for s in pair]
     laws = [fit_above_floor(s.runs, draw_weights(s.runs, args.bootstrap, [1, i]))
             for i, s in enumerate(pair)]
+    least, high = max(s.runs.C.min() for s in pair), min(s.runs.C.max() for s in pair)
     low = max(s.runs.C.min() ** 0.5 * s.runs.C.max() ** 0.5 for s in pair)
-    high = min(s.runs.C.max() for s in pair)
     one, two = args.compare
     print(f"\ncompute that {two} needs to reach the loss of {one}, over that of {one}")
     for C in args.budget or np.geomspace(low, high, 3):
         value = multiplier(laws[0][0], laws[1][0], C, visions)
         draws = [multiplier(a, b, C, visions) for a, b in zip(laws[0][1], laws[1][1])]
-        print(f"  at {C:.2g} FLOPs: {value:.2f} {span(interval(np.array(draws)), '.2f')}")
+        print(f"  at {C:.2g} FLOPs: {value:.2f} {span(interval(np.array(draws)), '.2f')}"
+              + ", outside the range" * (not least <= C <= high * (1 + 1e-9)))
 
 
 def main(argv=None):
