@@ -73,6 +73,17 @@ def test_only_runs_that_differ_in_the_setting_alone_are_pairs(capsys, tmp_path):
     assert verdicts(capsys, tmp_path, rows)[LEAD][3] == "3"
 
 
+def test_a_flag_that_older_rows_do_not_name_is_shared(capsys, tmp_path):
+    """They have its default. Another weight decay is another setting, another last digit is not."""
+    rows = pairs((0.9, 1.0, 1.07), depth=4.000000000000001)
+    for row in rows[:3]:
+        row |= {"weight_decay": 1e-4, "depth": 4.000000000000002}
+    assert verdicts(capsys, tmp_path, rows)[LEAD][3] == "3"
+    for row in rows[:3]:
+        row["weight_decay"] = 0.1
+    assert LEAD not in verdicts(capsys, tmp_path, rows)
+
+
 def test_a_pair_shares_what_no_side_of_the_finding_names(capsys, tmp_path):
     """8 experts at another rate, of late fusion or deeper than the dense models are no partners."""
     claim = "8 experts are lower than dense"
@@ -109,6 +120,9 @@ def test_the_seeds_that_count_have_every_width(capsys, tmp_path):
     change = found["this lead shrinks with width"]
     assert change[2].startswith("-10.0 [") and change[-1] == "**does not**"
     assert change[1] not in verdicts(capsys, tmp_path, pairs((0.9, 1.0, 1.07)))
+    rows += [row | {"seed": 2, "run": row["run"] + "-64"} for row in rows[-4::2]]
+    rows[-2:] = [row | {"width": 64} for row in rows[-2:]]  # seed 2 has widths 16 and 64
+    assert verdicts(capsys, tmp_path, rows)[LEAD][3] == "2"
 
 
 def test_two_runs_of_one_setting_are_refused(capsys, tmp_path):

@@ -19,20 +19,29 @@ pattern that matches several such folders, each with pairs of its own.
 """
 import re
 from collections import namedtuple
+from dataclasses import fields
 from itertools import count
 
 import numpy as np
 from scipy import stats
 
-from data import check
+from data import DataConfig, check
+from model import ModelConfig
 from tools import end_with_the_pipe, markdown
 from tools.table import read
-from train import Parser
+from train import Parser, TrainConfig
 
 SMALL = 1.5  # per cent: what we call no effect
 SETTINGS = ("fusion moe n_experts top_k granularity width depth vision_width mixture image_size"
             " context D patch_size tokens_per_step lr vision_lr warmup init init_vision scored"
             " seed study").split()
+# Flags that rows of older code, which have their defaults, do not name.
+DEFAULTS = {field.name: field.default
+            for config in (ModelConfig, DataConfig, TrainConfig) for field in fields(config)
+            if field.name in ("heads", "mlp_multiple", "vision_depth", "data", "augment", "flip",
+                              "val_rows", "cooldown", "weight_decay", "grad_clip",
+                              "load_balancing_weight")}
+SETTINGS += DEFAULTS
 # Settings that follow from a field: if the field differs in a pair, they may differ, too.
 FOLLOWS = {"fusion": "lr vision_lr vision_width init init_vision",
            "moe": "n_experts top_k granularity warmup init", "D": "warmup",
@@ -89,13 +98,19 @@ FINDINGS = [Finding(*line) for line in (
     ("5", "experts give more right answers than dense", "sft", EXPERTS, EARLY, 1, "accuracy"))]
 
 
+def alike(value):
+    """Without the last digits, in which the same rate can differ between machines."""
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
 def chosen(rows, setting, shared, metric):
     """{what a pair shares: metric} of the runs that have a setting and did not diverge."""
     found = {}
     for row in rows:
         fits = all(re.fullmatch(v, str(row.get(k))) for k, v in setting.items())
         if fits and row.get(metric) is not None:
-            twin = found.setdefault(tuple((k, row.get(k)) for k in shared), row)
+            key = tuple((k, alike(row.get(k, DEFAULTS.get(k)))) for k in shared)
+            twin = found.setdefault(key, row)
             check(twin is row, f"{twin['run']} and {row['run']} of study {row['study']} differ in "
                   f"none of {', '.join(shared)}: remove one of them")
     return {key: row[metric] for key, row in found.items()}
@@ -111,7 +126,7 @@ def differences(rows, finding):
     def pairs(rows):
         x, y = (chosen(rows, side, shared, finding.metric) for side in (finding.one, finding.two))
         return {key: 100 * (x[key] - y[key]) / (1 if finding.metric == "accuracy" else y[key])
-                for key in x.keys() & y.keys()}
+                for key in x if key in y}
     if not finding.across:
         return pairs(rows)
     ends = sorted({row[finding.across] for row in rows}, key=in_order)
@@ -120,7 +135,7 @@ def differences(rows, finding):
     low, high = (pairs([row for row in rows if row[finding.across] == end])
                  for end in (ends[0], ends[-1]))
     low, high = map(whatever_rate, (low, high))
-    return {key: high[key] - low[key] for key in low.keys() & high.keys()}
+    return {key: high[key] - low[key] for key in low if key in high}
 
 
 def in_order(end):
@@ -137,12 +152,15 @@ def whatever_rate(pairs):
 
 
 def by_seed(pairs):
-    """The mean difference of each seed that has all pairs, (n,)."""
+    """The mean difference of each seed that has all pairs, (n,). If no seed has, all are those that
+    the fullest seed has, and of several such the pairs that most seeds have."""
     seeds = {}
     for key, difference in pairs.items():
-        seeds.setdefault(dict(key)["seed"], []).append(difference)
-    most = max(map(len, seeds.values()), default=0)
-    return np.array([np.mean(found) for found in seeds.values() if len(found) == most])
+        rest = tuple(item for item in key if item[0] != "seed")
+        seeds.setdefault(dict(key)["seed"], {})[rest] = difference
+    sets = [frozenset(x) for x in seeds.values()]
+    most = max(sets, key=lambda some: (len(some), sets.count(some)), default=None)
+    return np.array([np.mean([*x.values()]) for x in seeds.values() if x.keys() == most])
 
 
 def judge(x, sign):
