@@ -402,7 +402,7 @@ def make_runs(rows, name, loss, args, notes):
         notes.append(f"{name}: {len(rows) - len(models)} runs have the N, D and seed of another "
                      "(or loss, without seeds): copies, or other flags (--where, --group-by)")
     if len({str(row.get("seed", i)) for i, row in enumerate(rows)}) == 1 < len(rows):
-        notes.append(f"{name}: one seed: intervals are too narrow if token counts share a trunk")
+        notes.append(f"{name}: one seed; if token counts share a trunk, intervals are too narrow")
     C, vision = 6 * (np.nan_to_num(Nv * Dv) + N * D), (0, 0, 1)
     if np.isfinite(Nv * Dv).all() and np.ptp(N) > 0:
         q, p = np.polyfit(np.log(N), np.log(Nv), 1)
