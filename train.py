@@ -566,8 +566,7 @@ class Trainer:
 
     def begin(self):
         """Starts from the run's own checkpoint, else from the longest trunk of another budget, else
-        from fresh or given weights. Rank 0 decides, because ranks on other machines could see
-        other files, and would train on at another step without a word."""
+        from fresh or given weights. Rank 0 decides, because others could see other files."""
         for kind in self.loader.val_kinds:  # a mistake must show before training, not after
             self.loader.source.val_row(kind, 0)
         own = self.run.folder / "ckpt.pt"
@@ -954,7 +953,8 @@ def main(argv):
                 machine.say(f"finished before (another --out trains it again): {summary(row)}")
                 continue
             with contextlib.nullcontext() if machine.rank else only_process(run.folder, "trains"):
-                status = 0 if train_one(run, machine) else 130
+                row = machine.share(result_of(run, finished(run.train.out)))  # ended meanwhile
+                status = 0 if row or train_one(run, machine) else 130
         except torch.OutOfMemoryError:
             raise SystemExit(f"{run.name}: out of memory; try --checkpointing, or a smaller "
                              "--micro-rows, which accumulates more") from None

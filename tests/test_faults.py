@@ -104,6 +104,20 @@ def test_a_run_that_another_process_ends_meanwhile_is_not_trained_again(tmp_path
     assert train.main([*flags, str(tmp_path / "own")]) == 0 and len(done) == 1
 
 
+def test_a_run_that_ends_between_the_look_and_the_lock_has_one_row(tmp_path, monkeypatch):
+    start(tmp_path)
+    results = tmp_path / "results.jsonl"
+    row, lock = results.read_text("utf-8"), train.only_process
+
+    def late(*args):
+        results.write_text(row, "utf-8")  # the other process ends, and leaves its lock
+        return lock(*args)
+    results.unlink()
+    monkeypatch.setattr(train, "only_process", late)
+    start(tmp_path)
+    assert results.read_text("utf-8") == row
+
+
 def test_an_error_ends_the_workers_of_the_loader_too(tmp_path):
     """They ignore SIGTERM, and Python would wait for them for ever."""
     pack_one(tmp_path, "text", write_rows(tmp_path / "a.jsonl", TEXTS), val_fraction=0.3)
