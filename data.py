@@ -380,8 +380,8 @@ def next_fit(sizes, context):
 def read_meta(root):
     """data.json of a packed folder, its tokenizer as get_tokenizer wants it, and its checksum."""
     path = Path(root) / "data.json"
-    check(path.is_file(),
-          f"{path} does not exist: make it with `python -m tools.pack ... --out {root}`")
+    check(path.is_file(), f"{path} does not exist: name another --data, or make it with "
+          f"`python -m tools.pack ... --out {root}`")
     try:
         text = path.read_bytes()
         meta = json.loads(text.decode("utf-8")) | {"contents": zlib.crc32(text)}
@@ -507,7 +507,7 @@ class Loader:
         there = self.source.kinds["train"]
         missing = [kind for kind in self.shares if kind not in there]
         check(not missing, f"--mixture {cfg.mixture}: {cfg.data} has only {', '.join(there)}; give "
-              f"{' and '.join(missing)} 0 (it is {'-'.join(PRETRAINING)})")
+              f"{' and '.join(missing)} 0 (it is {'-'.join(KINDS)})")
         # The kinds whose losses are reported (`loss` is their mean): the paper's three, whatever
         # the mixture is, and others that are in the mixture. But a mixture with conversations is
         # for finetuning, and then only the loss of conversations is reported.

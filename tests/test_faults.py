@@ -57,6 +57,13 @@ def test_a_run_belongs_to_the_data_and_not_to_their_place(tmp_path):
     assert len(names(data)) == 2
 
 
+def test_a_folder_of_conversations_alone_asks_for_all_four_shares(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [llava(None, "why?", "so")] * 9)
+    pack_one(tmp_path, "conversation", path, val_fraction=0.3)
+    line = one_line(SystemExit, start, tmp_path / "runs", "--data", str(tmp_path / "out"))
+    assert "caption-interleaved-text-conversation" in line
+
+
 def test_a_checkpoint_with_a_flipped_bit_or_of_another_config_is_refused(tmp_path):
     path = start(tmp_path) / "ckpt.pt"
     content, state = bytearray(path.read_bytes()), torch.load(path, weights_only=True)

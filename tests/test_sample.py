@@ -55,7 +55,9 @@ def test_data_that_have_moved_can_be_named(tmp_path, capsys):
     assert Path(page).is_file()
     assert "another tokenizer" in one_line(SystemExit, sample.main,
                                            [run, "--data", str(tmp_path / "b"), "--prompt", "x"])
-    assert "gone" in one_line(SystemExit, sample.main, [run, "--prompt", "x"])
+    assert "another --data" in one_line(SystemExit, sample.main, [run, "--prompt", "x"])
+    (tmp_path / "b").rename(tmp_path / "gone")  # packed anew in the same place
+    assert "another tokenizer" in one_line(SystemExit, sample.main, [run, "--prompt", "x"])
     assert "data.json" in one_line(SystemExit, sample.main,
                                    [run, "--data", str(tmp_path), "--prompt", "x"])
     save_run(tmp_path / "world", build(vocab_size=264))  # it reads bytes, as other data do

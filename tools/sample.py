@@ -21,7 +21,7 @@ from train import Parser, code_version
 def load_model(run_dir, data_now=None):
     """A run's directory -> its Model, on a GPU if there is one and in eval mode, and its data
     settings (dict). A note on stderr tells if the code was edited. data_now: the packed folder to
-    use instead of the run's own, which may have moved."""
+    use instead of the run's own, which may have moved, or hold other data by now."""
     def build(ckpt):
         if ckpt["config"].get("made") != {"code": code_version()}:
             print(f"note: other code has trained {run_dir}; today's runs its weights",
@@ -30,6 +30,7 @@ def load_model(run_dir, data_now=None):
         model.load_state_dict(ckpt["model"])
         return model.eval(), ckpt["config"]["data"]
     model, data = read_checkpoint(run_dir, build)
+    data_now = data_now or data["tokenizer"].endswith(".tiktoken") and data["data"]
     if data_now:
         meta = read_meta(data_now)
         check(data["tokenizer"] == meta["tokenizer"] == "bytes"  # the world has no hash
