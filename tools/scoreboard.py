@@ -91,8 +91,8 @@ FINDINGS = [Finding(*line) for line in (
     ("3.3", "a text model's lead shrinks with tokens", "native", TEXT, NATIVE, 1, "loss", "D"),
     ("B.7", "both initialised, encoder frozen, late leads on captions", "native", BOTH, TEXT, -1,
      "loss_caption"),
-    ("Table 8", "from scratch an encoder is better at 0.01 of the rate", "vision_lr", SLOW, FULL,
-     -1),
+    ("Table 8", "from scratch an encoder is better at 0.01 of the rate (there than at 0.1)",
+     "vision_lr", SLOW, FULL, -1),
     ("Table 7", "an initialised encoder is better frozen", "native", FROZEN, FULL, -1),
     ("5", "early gives more right answers than late", "sft", EARLY, LATE, 1, "accuracy"),
     ("5", "experts give more right answers than dense", "sft", EXPERTS, EARLY, 1, "accuracy"))]
