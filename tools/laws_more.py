@@ -5,10 +5,10 @@
 
 For each group it prints how much of the law's error comes from the seeds, IsoFLOP parabolas, one
 exponent for N and D against two, the law of sparsity, how far the law moves if rows or delta
-change, and profile intervals, which hold even where resampling fails. Groups that differ only in
-their mixture also get a law with a common alpha and beta. --json FILE writes all of this, beside
-what fit_laws.py finds. --plan prints what the paper's own coefficients say at --budget. The other
-flags choose rows and groups as in fit_laws.py.
+change, and profile intervals, which need no resamples, but can be too narrow for six runs. Groups
+that differ only in their mixture also get a law with a common alpha and beta. --json FILE writes
+all of this, beside what fit_laws.py finds. --plan prints what the paper's own coefficients say at
+--budget. The other flags choose rows and groups as in fit_laws.py.
 """
 
 # Dimensions: n rows (runs), T terms of a law, P coefficients, K resamples, Q budgets, M groups.
