@@ -19,7 +19,6 @@ pattern that matches several such folders, each with pairs of its own.
 """
 import re
 from collections import namedtuple
-from dataclasses import fields
 from itertools import count
 
 import numpy as np
@@ -34,14 +33,10 @@ from train import Parser, TrainConfig
 SMALL = 1.5  # per cent: what we call no effect
 SETTINGS = ("fusion moe n_experts top_k granularity width depth vision_width mixture image_size"
             " context D patch_size tokens_per_step lr vision_lr warmup init init_vision scored"
-            " seed study").split()
-# Flags that rows of older code, which have their defaults, do not name.
-DEFAULTS = {field.name: field.default
-            for config in (ModelConfig, DataConfig, TrainConfig) for field in fields(config)
-            if field.name in ("heads", "mlp_multiple", "vision_depth", "data", "augment", "flip",
-                              "val_rows", "cooldown", "weight_decay", "grad_clip",
-                              "load_balancing_weight")}
-SETTINGS += DEFAULTS
+            " seed study heads mlp_multiple vision_depth data augment flip val_rows cooldown"
+            " weight_decay grad_clip load_balancing_weight").split()
+# Rows of older code do not name flags that are new since then, and were made at their defaults.
+DEFAULTS = vars(ModelConfig()) | vars(DataConfig()) | vars(TrainConfig())
 # Settings that follow from a field: if the field differs in a pair, they may differ, too.
 FOLLOWS = {"fusion": "lr vision_lr vision_width init init_vision",
            "moe": "n_experts top_k granularity warmup init", "D": "warmup",
