@@ -24,6 +24,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def printed(capsys):
+    """What a call prints."""
+    def run(function, *args):
+        function(*args)
+        return capsys.readouterr().out
+    return run
+
+
+@pytest.fixture
 def pages(monkeypatch):
     """The figures that are written, by their names."""
     found = {}

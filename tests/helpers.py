@@ -1,6 +1,7 @@
 """Tiny models, batches and files, and what several tests ask of them."""
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from train import code_version
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(width=32, depth=2, context=24, image_size=8, patch_size=4, vocab_size=37)  # P = 4
+FLAGS = ("--width 16 --depth 1 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 2 "
+         "--device cpu").split()  # of a run of train.py that takes a second
 
 
 def tiny(**changes) -> ModelConfig:
@@ -52,6 +55,16 @@ def save_run(folder, model, **data):
     torch.save({"model": model.state_dict(), "config": config}, folder / "ckpt.pt")
 
 
+def only_run(out):
+    """The folder of the only run in a study."""
+    folder, = (path.parent for path in Path(out).glob("*/log.jsonl"))
+    return folder
+
+
+def read_log(folder, name="log.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
+
+
 def read_weights(source):
     """-> fields of ModelConfig, weights of a checkpoint."""
     return read_checkpoint(source, lambda saved: (saved["config"]["model"], saved["model"]))
@@ -80,6 +93,12 @@ def one_line(kind, function, *args, **options) -> str:
         function(*args, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def refused(pattern, function, *args, **options):
+    """The call ends in one line for the user, and the line says this."""
+    line = one_line(SystemExit, function, *args, **options)
+    assert re.search(pattern, line), line
 
 
 def make_batch(cfg: ModelConfig, rows: list, seed: int = 0, length: int = 0) -> dict:

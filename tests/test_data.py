@@ -94,7 +94,7 @@ def test_a_new_kind_changes_nothing_for_mixtures_without_it(monkeypatch):
         loaders = [make_loader(mixture=m, val_rows=1) for m in ("45-45-10", "10-0-0-90")]
         return [(x.val_kinds, digest(x[g] for g in range(20))) for x in loaders]
 
-    before = measure()  # the paper's three kinds; of a mixture for finetuning the conversations alone
+    before = measure()  # the paper's three kinds; of a mixture for finetuning conversations alone
     assert [kinds for kinds, _ in before] == [[*PRETRAINING], [*QUESTIONS]]
     monkeypatch.setattr(data, "KINDS", (*KINDS, "toy"))
     monkeypatch.setattr(World, "toy", lambda world, w, split: w.add("why?"), raising=False)
@@ -115,13 +115,6 @@ def test_an_image_comes_whole_or_not_at_all():
         for tokens in documents:
             row.add(Document(np.array(tokens, np.int32), [image] * tokens.count(IMAGE)))
         assert row.images == [] and (row.patch == -1).all() and row.used == context - 3
-
-
-def test_patches_are_cut_in_reading_order():
-    image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
-    patches = data.patchify(image, 2)
-    assert patches[1].reshape(2, 2, 3).tolist() == image[:2, 2:].tolist()
-    assert patches[2].reshape(2, 2, 3).tolist() == image[2:, :2].tolist()
 
 
 # -- packing long documents into rows ------------------------------------------------------------

@@ -15,14 +15,13 @@ import torch
 
 import train
 from data import Shards
-from helpers import one_line, python, write_rows
+from helpers import FLAGS, one_line, python, write_rows
 from test_pack import llava, pack_one, write_tar
 from tools import curves, table
 from tools import pack as pack_file
 from tools.pack import pack, read_source
 
-TINY = ("--width 16 --depth 1 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 2 "
-        "--tokens 5K --device cpu").split()
+TINY = [*FLAGS, "--tokens", "5K"]
 
 
 def start(out, *flags):
@@ -49,11 +48,15 @@ def test_a_run_belongs_to_the_data_and_not_to_their_place(tmp_path):
     def names(data):
         start(out, "--data", str(data), "--mixture", "0-0-100")
         return [*train.finished(out)]
-    pack({"text": [write_rows(tmp_path / "a.jsonl", TEXTS)]}, data, val_fraction=0.3, workers=1)
+
+    def pack_texts(texts):
+        path = write_rows(tmp_path / f"{len(texts)}.jsonl", texts)
+        pack({"text": [path]}, data, val_fraction=0.3, workers=1)
+    pack_texts(TEXTS)
     before = names(data)
     data.rename(moved)
     assert names(moved) == before
-    pack({"text": [write_rows(tmp_path / "b.jsonl", TEXTS[:20])]}, data, val_fraction=0.3, workers=1)
+    pack_texts(TEXTS[:20])
     assert len(names(data)) == 2
 
 
@@ -76,16 +79,14 @@ def test_a_checkpoint_with_a_flipped_bit_or_of_another_config_is_refused(tmp_pat
     assert "another width" in one_line(SystemExit, start, tmp_path)
 
 
-def test_lines_that_are_no_results_do_not_stop_a_study_or_its_tools(tmp_path, capsys):
+def test_lines_that_are_no_results_do_not_stop_a_study_or_its_tools(tmp_path, printed):
     folder, broken = start(tmp_path, "--eval-every", "5"), b'{"step": 10, "val_loss": \xff'
     for path, first in ((tmp_path / "results.jsonl", b'{}\n123\n{"run": "x"}\n\xff\xfe\n'),
                         (folder / "log.jsonl", b"123\n")):
         path.write_bytes(first + path.read_bytes() + broken)
-    start(tmp_path)
-    said = capsys.readouterr().out
+    said = printed(start, tmp_path)
     assert "line 1, 2, 3, 4, 6" in said and "finished before" in said
-    table.main([str(tmp_path), "--where", "status=ok"])
-    assert capsys.readouterr().out.count("| 1 |") == 1
+    assert printed(table.main, [str(tmp_path), "--where", "status=ok"]).count("| 1 |") == 1
     found, _ = curves.read([tmp_path])
     (tokens, lines), = found.values()
     assert tokens == [2560, 5120] and len(lines) == 2

@@ -176,7 +176,7 @@ def test_figures(groups, resamples, tmp_path, monkeypatch):
         assert len(groups) == 1 or {*np.sign(above[2 * k][1])} == {(0, 1, -1)[k]}  # by their E
 
 
-def test_the_multiplier_of_a_planted_pair(tmp_path, capsys):
+def test_the_multiplier_of_a_planted_pair(tmp_path, printed):
     """The second group learns from N and D as the first does from N / 2 and D / 2, and its encoder
     adds half of the compute: it needs six times the compute, at every budget."""
     rows = []
@@ -188,9 +188,9 @@ def test_the_multiplier_of_a_planted_pair(tmp_path, capsys):
                              "N_vision": (waste - 1) * N, "D_vision": D / 2})
     path = write_rows(tmp_path / "results.jsonl", rows)
     for pair, value in ((["early", "late"], "6.00"), (["late", "early"], "0.17")):
-        multiplier.main([path, "--compare", *pair, "--bootstrap", "20"])
-        assert capsys.readouterr().out.count(f" FLOPs: {value} [{value}, {value}]\n") == 3
-    multiplier.main([path, "--compare", "early", "late", "--bootstrap", "1",
-                     "--budget", "1e9,1e12"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "FLOPs:" in line]
+        said = printed(multiplier.main, [path, "--compare", *pair, "--bootstrap", "20"])
+        assert said.count(f" FLOPs: {value} [{value}, {value}]\n") == 3
+    said = printed(multiplier.main, [path, "--compare", "early", "late", "--bootstrap", "1",
+                                     "--budget", "1e9,1e12"])
+    lines = [line for line in said.splitlines() if "FLOPs:" in line]
     assert [line.endswith(", outside the range") for line in lines] == [True, False]

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import moe
 from helpers import (build, hidden, make_batch, one_line, parameters, python, read_weights, same,
                      save_run, tiny)
 from model import (PRESETS, Model, ModelConfig, adopt, attention_mask, generate, head_loss,
@@ -189,23 +188,12 @@ def test_the_heads_gradient_does_not_get_worse_with_chunks():
 
 
 @every_kind
-def test_bf16_activations_change_little(kind, monkeypatch):
+def test_bf16_activations_change_little(kind):
     """As on CUDA: weights fp32, activations bf16. Loss and gradients stay near those of fp32, if
-    each token goes to the same experts: a choice that bf16 turns over changes much."""
+    each token goes to all experts: a choice that bf16 turns over changes much."""
+    kind = {**kind, "top_k": 8} if kind.get("moe") == "learned" else kind
     model, batch = build(**kind), make_batch(tiny(), ROWS)
-    route, choices = moe.route, []
-
-    def remember(*args):
-        choices.append(route(*args)[1])
-        return route(*args)
-
-    def repeat(*args):
-        chosen, probs = choices.pop(0), route(*args)[2]
-        return probs.gather(1, chosen), chosen, probs
-
-    monkeypatch.setattr(moe, "route", remember)
     plain, expected = gradients(model, batch)
-    monkeypatch.setattr(moe, "route", repeat)
     model.dtype = torch.bfloat16
     out, found = gradients(model, batch)
     assert out.loss.dtype == torch.float32
@@ -296,16 +284,6 @@ def test_early_and_late_sizes_are_pairs_of_equal_flops():
         assert abs(cost / count_on_meta(early)["N"] - 1) < 0.02, late
 
 
-def test_fine_grained_experts_cost_what_the_coarse_do():
-    """Table 13: twice the experts of half the size, two of them for a token."""
-    coarse = count_on_meta("275m", moe="learned")
-    fine = count_on_meta("275m", moe="learned", experts=16, top_k=2, granularity=2)
-    assert fine["N"] == coarse["N"] == count_on_meta("275m")["N"]
-    assert fine["N_total"] - coarse["N_total"] == 24 * 8 * 800, "only the router is larger"
-    layer = Model(tiny(moe="learned", granularity=3)).blocks[0].ffn
-    assert layer.w_gate.shape == layer.w_up.shape == layer.w_down.shape == (8, 32, 32)
-
-
 @every_kind
 def test_counts_equal_the_parameters_there_are(kind):
     model = build(**kind)
@@ -349,17 +327,12 @@ def test_wrong_config_says_so_in_one_line(wrong, words):
     assert words in one_line(SystemExit, tiny, **wrong)
 
 
-def random_image(cfg, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (cfg.n_patches, cfg.patch_dim), generator=generator,
-                         dtype=torch.uint8)
-
-
 @every_kind
 def test_cached_generation_equals_uncached(kind):
     model = build(**kind).eval()
-    prompt = [[3], random_image(model.cfg, 0), [5, 6], random_image(model.cfg, 1),
-              random_image(model.cfg, 2), [7]]
+    shape = 3, model.cfg.n_patches, model.cfg.patch_dim
+    first, second, third = torch.randint(256, shape, dtype=torch.uint8)
+    prompt = [[3], first, [5, 6], second, third, [7]]
     ids = generate(model, prompt, 6)
     assert len(ids) == 6
     for n in range(6):  # the whole sequence again for each token, no cache

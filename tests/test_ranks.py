@@ -5,7 +5,6 @@ Ranks are gloo processes, and graphs are traced with aot_eager, which compiles n
 import dataclasses
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +14,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import model as model_file
 import moe as moe_module
 import train
-from helpers import ROOT, build, make_batch, python
+from helpers import FLAGS, ROOT, build, make_batch, only_run, python, read_log
 from model import PRESETS, ModelConfig
 
-TINY = ("--width 16 --depth 2 --context 128 --tokens-per-step 512 --warmup 4 --val-rows 3 "
-        "--device cpu --mixture 30-30-40").split()
+TINY = [*FLAGS, *"--depth 2 --val-rows 3 --mixture 30-30-40".split()]
 MOE = ["--fusion", "late", "--moe", "learned", "--experts", "4"]
 
 
@@ -34,9 +32,8 @@ def launch(ranks, *command):
 def trained(out, *flags, ranks=1, script=(str(ROOT / "train.py"),)):
     """-> the log of a run, and its row of results."""
     launch(ranks, *script, *TINY, *flags, "--out", str(out))
-    folder, = (path.parent for path in Path(out).glob("*/log.jsonl"))
     row, = train.finished(out).values()
-    return list(map(json.loads, open(folder / "log.jsonl", encoding="utf-8"))), row
+    return read_log(only_run(out)), row
 
 
 def assert_equal(runs, within):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import train
 from data import read_meta
-from helpers import (build, hidden, make_batch, one_line, read_weights, same, save_run,
+from helpers import (build, hidden, make_batch, one_line, read_weights, refused, same, save_run,
                      write_lines)
 from model import Attention, adopt, attention_mask, rope_table
 from test_pack import llava, picture
@@ -23,19 +23,18 @@ from world import World
 CONVERSATION = json.dumps([llava(None, "why?", "so")])
 
 
-def test_sample_prints_a_caption(tmp_path, capsys, monkeypatch):
+def test_sample_prints_a_caption(tmp_path, printed, monkeypatch):
     (tmp_path / "cat.png").write_bytes(picture())
     save_run(tmp_path / "run", build(vocab_size=264))
     args = [str(tmp_path / "run"), "--prompt", "a cat", "--max-new-tokens", "3"]
     for more in ([], ["--image", str(tmp_path / "cat.png")]):
-        sample.main(args + more)
-        assert capsys.readouterr().out.startswith("a cat")
+        assert printed(sample.main, args + more).startswith("a cat")
     monkeypatch.setattr(sample, "generate", lambda model, parts, *_: asked.extend(parts) or [])
     sample.main(args + more + (asked := []))
     assert [asked[0], asked[2]] == [[256], [*b"a cat"]] and asked[1].shape == (4, 48)  # as trained
 
 
-def test_data_that_have_moved_can_be_named(tmp_path, capsys):
+def test_data_that_have_moved_can_be_named(tmp_path, printed):
     """The tokenizer lies in them; one with other ids is refused."""
     for name, ranks in (("a", range(256)), ("b", reversed(range(256)))):
         lines = (f"{base64.b64encode(bytes([i])).decode()} {rank}" for i, rank in enumerate(ranks))
@@ -48,18 +47,16 @@ def test_data_that_have_moved_can_be_named(tmp_path, capsys):
     save_run(tmp_path / "run", build(vocab_size=264), data=str(tmp_path / "gone"),
              mixture="0-0-0-100", tokenizer=str(tmp_path / "gone" / "tokenizer.tiktoken"),
              tokenizer_hash=meta["tokenizer_hash"])
-    run, page = str(tmp_path / "run"), str(tmp_path / "page.png")
-    sample.main([run, "--data", str(tmp_path / "a"), "--prompt", "x", "--max-new-tokens", "2"])
-    assert "\nx" in capsys.readouterr().out
-    sample.main([run, "--data", str(tmp_path / "a"), "--out", page])  # of a text without a picture
+    run, page, a, b = (str(tmp_path / name) for name in ("run", "page.png", "a", "b"))
+    asked = [run, "--prompt", "x", "--max-new-tokens", "2"]
+    assert "\nx" in printed(sample.main, [*asked, "--data", a])
+    sample.main([run, "--data", a, "--out", page])  # of a text without a picture
     assert Path(page).is_file()
-    assert "another tokenizer" in one_line(SystemExit, sample.main,
-                                           [run, "--data", str(tmp_path / "b"), "--prompt", "x"])
-    assert "another --data" in one_line(SystemExit, sample.main, [run, "--prompt", "x"])
+    refused("another tokenizer", sample.main, [*asked, "--data", b])
+    refused("another --data", sample.main, asked)
     (tmp_path / "b").rename(tmp_path / "gone")  # packed anew in the same place
-    assert "another tokenizer" in one_line(SystemExit, sample.main, [run, "--prompt", "x"])
-    assert "data.json" in one_line(SystemExit, sample.main,
-                                   [run, "--data", str(tmp_path), "--prompt", "x"])
+    refused("another tokenizer", sample.main, asked)
+    refused("data.json", sample.main, [*asked, "--data", str(tmp_path)])
     save_run(tmp_path / "world", build(vocab_size=264))  # it reads bytes, as other data do
     pack({"text": [str(tmp_path / "t.jsonl")]}, tmp_path / "c", val_fraction=0, workers=1)
     sample.main([str(tmp_path / "world"), "--data", str(tmp_path / "c"), "--prompt", "x"])
@@ -274,13 +271,13 @@ def test_the_bits_of_facts_are_those_that_a_model_knows(monkeypatch, capsys):
     assert "| run | 1.34K | 13.4400 | 3.3600 | 6.0 | 6.0 | 5.0 |" in capsys.readouterr().out
 
 
-def test_the_words_of_documents_share_out_their_loss(tmp_path, capsys, monkeypatch):
+def test_the_words_of_documents_share_out_their_loss(tmp_path, printed, monkeypatch):
     runs = [str(tmp_path / name) for name in "ab"]
     for seed, run in enumerate(runs):
         save_run(tmp_path / run, build(seed, vocab_size=264, context=128, image_size=32,
                                        patch_size=8))
-    words.main([*runs, "--documents", "3"])
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    lines = printed(words.main, [*runs, "--documents", "3"]).splitlines()[2:]
+    rows = [line.strip("| ").split(" | ") for line in lines]
     for kind in ("caption", "interleaved", "text"):
         *each, total = [float(loss) for found, _, loss, *_ in rows if found == kind]
         assert sum(each) == pytest.approx(total, abs=0.01) and 5 < total < 7  # untrained
@@ -289,5 +286,5 @@ def test_the_words_of_documents_share_out_their_loss(tmp_path, capsys, monkeypat
     assert what == 3 * ["colour"] + 2 * ["other"] + 3 * ["change: colour"] + ["other"]
     found = iter(3 * ([{"name": 1.0, "other": 3.0}] + [{"name": 2.0, "other": 3.0}]))
     monkeypatch.setattr(words, "contributions", lambda *_: next(found))
-    words.main(runs)  # the two differ by 1 / sqrt(2) in the mean loss, 4.5
-    assert "| name | 1.500 | 33 % | 15.7 % |" in capsys.readouterr().out
+    said = printed(words.main, runs)  # the two differ by 1 / sqrt(2) in the mean loss, 4.5
+    assert "| name | 1.500 | 33 % | 15.7 % |" in said

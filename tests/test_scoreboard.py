@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 
 import fit_laws
-from helpers import ROOT, one_line, write_rows
+from helpers import ROOT, refused, write_rows
 from tools import game, scoreboard, table
 
-EXPERIMENTS = ROOT / "results" / "experiments.jsonl"
 STUDY = str(ROOT / "results" / "laptop_study.jsonl")
 
 
@@ -108,8 +107,7 @@ def test_the_ends_of_a_lead_are_the_smallest_and_the_largest(capsys, tmp_path):
             for width, loss in ((16, 0.7), (32, 0.8), (128, 0.9))
             for row in pairs((loss, loss * 1.1, loss * 1.21), (1.0, 1.1, 1.21), width=width)]
     assert verdicts(capsys, tmp_path, rows)["this lead shrinks with size"][2].startswith("+20.0")
-    with pytest.raises(SystemExit, match="loss_txt"):
-        verdicts(capsys, tmp_path, rows, "--loss", "loss_txt")
+    refused("loss_txt", verdicts, capsys, tmp_path, rows, "--loss", "loss_txt")
 
 
 def test_the_seeds_that_count_have_every_width(capsys, tmp_path):
@@ -128,12 +126,12 @@ def test_the_seeds_that_count_have_every_width(capsys, tmp_path):
 def test_two_runs_of_one_setting_are_refused(capsys, tmp_path):
     rows = pairs((0.9, 1.0, 1.07))
     rows.append(rows[0] | {"run": "again-w16-s0"})
-    assert "again-w16-s0" in one_line(SystemExit, verdicts, capsys, tmp_path, rows)
+    refused("again-w16-s0", verdicts, capsys, tmp_path, rows)
 
 
-def test_the_readme_holds_what_the_tool_prints(capsys):
-    scoreboard.main([str(EXPERIMENTS)])
-    assert capsys.readouterr().out in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_readme_holds_what_the_tool_prints(printed):
+    said = printed(scoreboard.main, [str(ROOT / "results" / "experiments.jsonl")])
+    assert said in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def largest(rows):
@@ -171,4 +169,4 @@ def test_the_game_asks_for_what_is_not_given(monkeypatch):
     ("--group mid", "early learned"), ("--gues 1", "--guess"), ("", "--guess")])
 def test_mistakes_in_the_game_end_in_one_line(flags, named, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))  # nobody is there to play
-    assert named in one_line(SystemExit, game.main, [STUDY, *flags.split()])
+    refused(named, game.main, [STUDY, *flags.split()])

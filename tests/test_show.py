@@ -1,15 +1,13 @@
 """The drawings of documents, masks and models: python -m pytest -q tests/test_show.py"""
 import numpy as np
-import pytest
 from PIL import Image
 
 import tools.show
 from data import DataConfig, Document, Loader, Row, collate, encode, get_tokenizer
-from helpers import build, save_run
+from helpers import build, refused, save_run
 from model import ModelConfig, attention_mask
-from test_pack import picture, write_tar, write_texts
+from test_pack import pack_one, picture, write_tar, write_texts
 from tools import architectures, sample
-from tools.pack import pack
 
 
 def test_a_row_in_segments_and_its_pictures():
@@ -27,32 +25,29 @@ def test_a_row_in_segments_and_its_pictures():
         (1, "context"), (1, "image"), (1, "target"), (2, "context"), (2, "image"), (2, "target"),
         (3, "context"), (3, "target"), (3, "image"), (3, "image"), (3, "target")]
     assert encoding.decode(segments[2][2]) == "a red ramp<|endoftext|>"
-    assert np.array_equal(tools.show.picture(batch["images"], 8, 16), [ramp, ramp, ramp, ramp[::-1]])
+    assert np.array_equal(tools.show.picture(batch["images"], 8, 16), [*3 * [ramp], ramp[::-1]])
 
 
-def test_show_with_its_defaults_and_with_mistakes(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "data"
+def test_show_with_its_defaults_and_with_mistakes(tmp_path, monkeypatch, printed):
+    out = tmp_path / "out"
     for split in ("train", "val"):
         path = write_tar(tmp_path / f"{split}.tar", [("0.png", picture()), ("0.txt", split)])
-        pack({"caption": [str(path)]}, out, split=split, val_fraction=0, workers=1)
-    text = write_texts(tmp_path / "a.jsonl", "x")
-    pack({"text": [str(text)]}, out, val_fraction=0, workers=1)
+        pack_one(tmp_path, "caption", path, image_size=224, split=split)
+    pack_one(tmp_path, "text", write_texts(tmp_path / "a.jsonl", "x"), image_size=224)
     with monkeypatch.context() as patch:
         patch.setattr(tools.show, "draw_rows", lambda batch, *_: print(batch["tokens"].shape))
-        tools.show.main([str(out)])  # the kinds that are there; images of 224: 256 patches
-        assert "[4, 1024]" in capsys.readouterr().out
-        tools.show.main([str(out), "-n", "3", "--split", "val", "--mixture", "100-0-0"])  # one row
-        assert "[3, 1024]" in capsys.readouterr().out
-        tools.show.main(["-n", "70", "--split", "val", "--mixture", "100-0-0"])
-        assert "[70, 128]" in capsys.readouterr().out
+        val = ["--split", "val", "--mixture", "100-0-0"]  # of the folder it has one row
+        for flags, shape in (([str(out)], "[4, 1024]"),  # the kinds that are there; 256 patches
+                             ([str(out), "-n", "3", *val], "[3, 1024]"),
+                             (["-n", "70", *val], "[70, 128]")):
+            assert shape in printed(tools.show.main, flags)
     for argv, message in (([str(out), "--mixture", "45-45-10"], "no interleaved documents"),
                           (["--patch-size", "-8"], "--patch-size -8"),
                           (["--splt", "val"], "--split"),
                           ([str(out), "--mixture", "0-0-100", "--split", "val"], "split val"),
                           (["-n", "1", "--out", str(tmp_path / "no/page.png")], "no/page.png"),
                           (["-n", "1", "--out", str(tmp_path / "page.nonsense")], "page.nonsense")):
-        with pytest.raises(SystemExit, match=message):
-            tools.show.main(argv)
+        refused(message, tools.show.main, argv)
 
 
 def world_batch():
@@ -126,8 +121,8 @@ def test_the_page_of_a_model_holds_what_the_data_say_and_what_it_says(pages, tmp
     assert f"the data say:   {truth}" in texts and len(axes.images) == 3
     assert sum(text.startswith("the data say") for text in texts) == 3
     assert sum(text.startswith("the model says") for text in texts) == 3
-    with pytest.raises(SystemExit, match="leave out --image"):
-        sample.main([str(tmp_path / "run"), "--out", "sample.png", "--prompt", "x"])
+    refused("leave out --image", sample.main,
+            [str(tmp_path / "run"), "--out", "sample.png", "--prompt", "x"])
     Image.new("RGB", (9, 9)).save(tmp_path / "cat.png")
     sample.main([str(tmp_path / "run"), "--image", str(tmp_path / "cat.png")])
     assert "procedural world only" in capsys.readouterr().err

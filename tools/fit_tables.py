@@ -47,11 +47,6 @@ def read_table(folder, name, loss="loss", rule="N>0"):
 # ---------------------------------------------------------------- published answers
 
 
-def natural(fit):
-    """Fit -> {name: value} with F and a."""
-    return fl.derive(fit.coef) | {"F": fit.objective}
-
-
 def gadre(check, table):
     """Fit five runs by Gadre et al.'s recipe, with alpha = beta and squared errors of the loss
     itself, and check the law and its errors on two far larger runs."""
@@ -85,46 +80,46 @@ def published(folder):
         rows.extend((name, k, want, float(values[k]), allowed)
                     for k, (want, allowed) in answers.items())
 
+    def law(name, runs, delta=fl.DELTA, **answers):
+        fit = fl.fit_law(runs, delta)
+        check(name, fl.derive(fit.coef) | {"F": fit.objective}, answers)
+
     chinchilla = table("chinchilla_epoch", rule="kept240=1")
-    check("chinchilla_epoch, 240 rows: Besiroglu et al.", natural(fl.fit_law(chinchilla)), {
-        "A": (482.01, 124.58), "B": (2085.43, 1293.23), "E": (1.8172, 0.026),
-        "alpha": (0.3478, 0.0154), "beta": (0.3658, 0.0206), "a": (0.513, 0.020)})
-    check("chinchilla_epoch: stated minimum", natural(fl.fit_law(chinchilla)), {
-        "F": (BEST, 1e-12), "alpha": (0.34731050, 5e-9), "beta": (0.36717243, 5e-9)})
-    check("chinchilla_epoch, delta 1e-4", natural(fl.fit_law(chinchilla, 1e-4)), {
-        "A": (478.7, 0.05), "B": (2065.4, 0.05), "alpha": (0.34741, 5e-6), "beta": (0.36538, 5e-6)})
-    check("chinchilla_epoch, all 245", natural(fl.fit_law(table("chinchilla_epoch"))), {
-        "alpha": (0.349313, 5e-7), "beta": (0.453049, 5e-7), "a": (0.56464, 5e-6)})
-    check("gemstones_hot, delta 1e-3", natural(fl.fit_law(table("gemstones_hot"))), {
-        "alpha": (0.2929, 5e-5), "beta": (0.7129, 1e-4), "E": (2.1431, 2e-4), "a": (0.7088, 5e-5)})
+    law("chinchilla_epoch, 240 rows: Besiroglu et al.", chinchilla, A=(482.01, 124.58),
+        B=(2085.43, 1293.23), E=(1.8172, 0.026), alpha=(0.3478, 0.0154), beta=(0.3658, 0.0206),
+        a=(0.513, 0.020))
+    law("chinchilla_epoch: stated minimum", chinchilla, F=(BEST, 1e-12), alpha=(0.34731050, 5e-9),
+        beta=(0.36717243, 5e-9))
+    law("chinchilla_epoch, delta 1e-4", chinchilla, 1e-4, A=(478.7, 0.05), B=(2065.4, 0.05),
+        alpha=(0.34741, 5e-6), beta=(0.36538, 5e-6))
+    law("chinchilla_epoch, all 245", table("chinchilla_epoch"), alpha=(0.349313, 5e-7),
+        beta=(0.453049, 5e-7), a=(0.56464, 5e-6))
+    law("gemstones_hot, delta 1e-3", table("gemstones_hot"), alpha=(0.2929, 5e-5),
+        beta=(0.7129, 1e-4), E=(2.1431, 2e-4), a=(0.7088, 5e-5))
     misfitting = table("misfitting_final")
-    check("misfitting_final", natural(fl.fit_law(misfitting)), {
-        "F": (0.005021654212110655, 1e-10), "alpha": (0.200196, 1e-4), "beta": (0.635697, 1e-4)})
+    law("misfitting_final", misfitting, F=(0.005021654212110655, 1e-10), alpha=(0.200196, 1e-4),
+        beta=(0.635697, 1e-4))
     check("misfitting_final, alpha = beta", lm.tied_law(misfitting)["tied"], {
         "objective": (0.005243705787850444, 1e-10), "exponent": (0.603380, 1e-4)})
-    check("steplaw_moe (reference)", natural(fl.fit_law(table("steplaw_moe"))), {
-        "E": (1.6497, 5e-5), "alpha": (0.7257, 5e-5), "beta": (0.2468, 5e-5)})
+    law("steplaw_moe (reference)", table("steplaw_moe"), E=(1.6497, 5e-5), alpha=(0.7257, 5e-5),
+        beta=(0.2468, 5e-5))
     llama = table("isoflop_llama_3_raw_loss")
     found = lm.isoflop(llama, lm.isoflop_budgets(llama), np.ones(len(llama.N)))
     check("isoflop_llama_3: Llama 3, approach 2", found, {
         "b_isoflop": (0.537, 5e-4), "D0_isoflop": (0.299, 5e-4)})
-    synthetic(check, table)
+    for name, E, alpha, beta in (  # the truth
+            ("synthetic_epoch_exact", 1.8172180991, 0.3473104989, 0.3671724327),
+            ("synthetic_nmm_sparse_exact", 2.158, 0.710, 0.372)):
+        law(name, table(name), E=(E, 1e-7), alpha=(alpha, 1e-7), beta=(beta, 1e-7))
+    for name, F, E, alpha, beta, a in (  # the least objective under noise
+            ("synthetic_epoch_noisy", 0.000435846531422, 1.78540343, 0.31683819, 0.37082945,
+             0.53925680),
+            ("synthetic_nmm_sparse_noisy", 0.000436769321764, 2.15357510, 0.68225881, 0.37413015,
+             0.35415946)):
+        law(name, table(name), F=(F, 1e-12), E=(E, 5e-8), alpha=(alpha, 5e-8), beta=(beta, 5e-8),
+            a=(a, 5e-8))
     gadre(check, table)
     return rows
-
-
-def synthetic(check, table):
-    """The four synthetic tables: the truth, and the least objective under noise."""
-    for name, E, alpha, beta in (("epoch", 1.8172180991, 0.3473104989, 0.3671724327),
-                                 ("nmm_sparse", 2.158, 0.710, 0.372)):
-        check(f"synthetic_{name}_exact", natural(fl.fit_law(table(f"synthetic_{name}_exact"))), {
-            "E": (E, 1e-7), "alpha": (alpha, 1e-7), "beta": (beta, 1e-7)})
-    for name, F, E, alpha, beta, a in (
-            ("epoch", 0.000435846531422, 1.78540343, 0.31683819, 0.37082945, 0.53925680),
-            ("nmm_sparse", 0.000436769321764, 2.15357510, 0.68225881, 0.37413015, 0.35415946)):
-        check(f"synthetic_{name}_noisy", natural(fl.fit_law(table(f"synthetic_{name}_noisy"))), {
-            "F": (F, 1e-12), "E": (E, 5e-8), "alpha": (alpha, 5e-8), "beta": (beta, 5e-8),
-            "a": (a, 5e-8)})
 
 
 # ---------------------------------------------------------------- the paper's own numbers
@@ -342,8 +337,8 @@ def page(args):
     """The sections of results/fits.md."""
     rows = published(args.tables)
     bad = sum(abs(ours - want) > allowed for *_, want, ours, allowed in rows)
-    yield ("# fit_laws.py where the answer is known\n\nMade by `python -m tools.fit_tables TABLES`. "
-           "TABLES is a folder of published tables, which are not part of this project.\n\n"
+    yield ("# fit_laws.py where the answer is known\n\nMade by `python -m tools.fit_tables TABLES`."
+           " TABLES is a folder of published tables, which are not part of this project.\n\n"
            "## Published and ours\n\nA difference may reach the published standard error, or else "
            f"half a unit of the last digit stated, sometimes more. Outside: {bad} of {len(rows)}.")
     yield markdown(["table", "quantity", "published", "ours", "difference", "allowed"],

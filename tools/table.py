@@ -25,9 +25,9 @@ from tools import end_with_the_pipe, human, markdown, panels, save, style
 from train import Parser
 from world import KINDS
 
-MEASURED = re.compile(r"(loss|floor|accuracy|cider|facts|peak|wall|tok_per|mfu)\w*|N(_\w+)?|C|D_vision"
-                      r"|padding|tokens_per_parameter|\w+_share|n_scored|run|seed|device|world_size"
-                      r"|torch|git|status")
+MEASURED = re.compile(r"(loss|floor|accuracy|cider|facts|peak|wall|tok_per|mfu)\w*|N(_\w+)?|C"
+                      r"|D_vision|padding|tokens_per_parameter|\w+_share|n_scored|run|seed|device"
+                      r"|world_size|torch|git|status")
 
 
 def read(paths):
