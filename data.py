@@ -289,6 +289,7 @@ class Packed:
         meta = self.shards["train"].meta
         self.stored_size = meta["image_size"]
         self.known_by = {x: meta.get(x) for x in ("tokenizer", "tokenizer_hash", "contents")}
+        self.plans = {}  # of (kind, split); each worker of the loader gets a copy of those made
 
     def row(self, kind, n):
         epoch, place = divmod(n, self.plan(kind, "train").n_rows)
@@ -319,11 +320,11 @@ class Packed:
             row.add(shards.document(kind, i, size, start, stop, **crops))
         return row
 
-    @lru_cache(maxsize=8)
     def plan(self, kind, split):
-        check(kind in self.kinds[split],
-              f"{self.cfg.data} has no {kind} documents in its split {split}")
-        return Plan(self.shards[split], kind, self.shape.context, self.shape.n_patches)
+        if (kind, split) not in self.plans:
+            shards, shape = self.shards[split], self.shape
+            self.plans[kind, split] = Plan(shards, kind, shape.context, shape.n_patches)
+        return self.plans[kind, split]
 
 
 class Plan:
@@ -335,7 +336,7 @@ class Plan:
     position in it, because it is only predicted; the next piece starts with this token."""
 
     def __init__(self, shards, kind, context, n_patches):
-        tokens, images = shards.docs[kind][:, 2:].T
+        tokens, images = shards.docs[kind][:, -2:].T
         lengths = 1 + tokens + images * (n_patches - 1)  # with the end-of-text before it
         hard = (lengths > context) & ((images > 0) | (kind == "conversation"))  # cut by tokens
         n = np.where(hard, 0, -(-lengths // context))  # pieces of all others, without a loop
@@ -373,9 +374,10 @@ def next_fit(sizes, context):
 
 
 # ---- A packed folder: memory-mapped shards -------------------------------------------------------
-# A shard is a folder with shard.json and two sorts of file. `data` has one document after another:
-# int32 tokens with IMAGE, int32 (h, w) of each image, their pixels. train.docs and val.docs,
-# int64 (documents, 3): first byte in `data`, tokens, images. data.json lists all shards.
+# A shard is a folder with shard.json and, of one document after another, `tokens` (int32, IMAGE for
+# an image) and `images` (int32 (h, w) of each, then their pixels; apart, because a Plan reads the
+# tokens of all documents, and seeking them between pixels would take hours). train.docs, val.docs:
+# int64 (documents, 4), first byte in `tokens` and in `images`, and how many of each.
 
 def read_meta(root):
     """data.json of a packed folder, its tokenizer as get_tokenizer wants it, and its checksum."""
@@ -403,16 +405,14 @@ class Shards:
         kinds = self.meta["splits"][split]
         self.encoding = get_tokenizer(self.meta["tokenizer"])
         self.kinds = tuple(kind for kind in KINDS if kind in kinds)
-        self.files, self.docs = {}, {}
+        self.folders, self.docs = {}, {}
         for kind in self.kinds:
-            tables, self.files[kind] = [], []
-            for number, shard in enumerate(kinds[kind]["shards"]):
-                folder = root / kind / shard["name"]
-                table = self.read(folder / f"{split}.docs", np.int64, 0, 3 * shard["docs"])
-                tables.append(np.insert(table.reshape(-1, 3), 0, number, axis=1))
-                self.files[kind].append(folder / "data")
-            # columns: number of the shard, first byte in its data, tokens, images
-            self.docs[kind] = np.concatenate(tables)                        # (n_docs, 4)
+            names, n_docs = zip(*((x["name"], x["docs"]) for x in kinds[kind]["shards"]))
+            self.folders[kind] = [f"{root / kind / name}" for name in names]
+            tables = [self.read(f"{folder}/{split}.docs", np.int64, 0, 4 * n).reshape(n, 4)
+                      for folder, n in zip(self.folders[kind], n_docs)]
+            numbers = np.repeat(np.arange(len(n_docs)), n_docs)  # of the shard, the first column
+            self.docs[kind] = np.insert(np.concatenate(tables), 0, numbers, axis=1)  # (n_docs, 5)
 
     def read(self, path, dtype, start, count):
         """`count` numbers of a file from byte `start` on: a view of its memory map."""
@@ -424,18 +424,18 @@ class Shards:
 
     @lru_cache(maxsize=128)  # each keeps a file open, and systems allow only 256 to 1024
     def map(self, path):
-        size = path.stat().st_size if path.is_file() else 0
+        size = Path(path).stat().st_size if Path(path).is_file() else 0
         return np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
 
     def tokens(self, kind, i):
         """int32 (L,), IMAGE where an image stands."""
-        number, start, length, _ = self.docs[kind][i].tolist()
-        return self.read(self.files[kind][number], np.int32, start, length)
+        number, start, _, length, _ = self.docs[kind][i].tolist()
+        return self.read(f"{self.folders[kind][number]}/tokens", np.int32, start, length)
 
     def image(self, kind, i, j):
         """Image j of document i as stored, uint8 (h, w, 3)."""
-        number, start, length, n_images = self.docs[kind][i].tolist()
-        path, start = self.files[kind][number], start + 4 * length
+        number, _, start, _, n_images = self.docs[kind][i].tolist()
+        path = f"{self.folders[kind][number]}/images"
         sizes = self.read(path, np.int32, start, 2 * n_images).reshape(-1, 2)    # (images, 2)
         start += sizes.nbytes + 3 * int(sizes[:j].prod(axis=1).sum())
         return self.read(path, np.uint8, start, 3 * sizes[j].prod()).reshape(*sizes[j], 3)

@@ -129,7 +129,7 @@ def test_a_run_that_ends_between_the_look_and_the_lock_has_one_row(tmp_path, mon
 def test_an_error_ends_the_workers_of_the_loader_too(tmp_path):
     """They ignore SIGTERM, and Python would wait for them for ever."""
     pack_one(tmp_path, "text", write_rows(tmp_path / "a.jsonl", TEXTS), val_fraction=0.3)
-    path, = (tmp_path / "out/text").glob("*/data")
+    path, = (tmp_path / "out/text").glob("*/tokens")
     path.write_bytes(b"\x7f\x7f\0\0" * (path.stat().st_size // 4))  # no such token
     done = python("train.py", *TINY, "--data", tmp_path / "out", "--mixture", "0-0-100",
                   "--workers", "1", "--out", tmp_path / "runs")

@@ -256,7 +256,7 @@ def test_conversations_keep_their_layout_and_what_is_a_target(tmp_path):
         llava("a.png", "<image>\nWhat?", "A dot.", "Really?", "Yes."), llava(None, "Text?", "Yes."),
         llava("gone.png", "<image>\nWhat?", "?"), llava("a.png", "<image>\nNo answer")]))
     meta, shards = pack_one(tmp_path, "conversation", tmp_path / "a.json")
-    assert shards.docs["conversation"][:, 3].tolist() == [1, 0]
+    assert shards.docs["conversation"][:, 4].tolist() == [1, 0]
     assert skipped(meta) == {"missing image": 1, "no text": 1}
     tokens = shards.tokens("conversation", 0)
     read = bytes(READ - t for t in tokens if t <= READ).decode()
@@ -388,7 +388,7 @@ def test_user_mistakes_end_in_one_line(tmp_path, monkeypatch):
     for content in ("", "[]", '{"tokenizer": 3}'):
         (tmp_path / "data.json").write_text(content)
         refused("data.json is damaged", data.vocab_size, tmp_path)
-    next((tmp_path / "out").rglob("data")).unlink()
+    next((tmp_path / "out").rglob("tokens")).unlink()
     refused("missing or cut", shards.tokens, "text", 0)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)  # not installed
     refused("pip install pillow", load_image, b"", 64)
@@ -525,7 +525,7 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path):
     pack(sources, b, **options)
     assert files_of(a) == files_of(b)
     assert not list(tmp_path.rglob("*.tmp"))
-    kept = {p: p.stat().st_mtime_ns for p in b.rglob("data")}
+    kept = {p: p.stat().st_mtime_ns for p in b.rglob("tokens")}
     pack(sources, b, **options)
     assert len(kept) == 6 and kept == {p: p.stat().st_mtime_ns for p in kept}
     train, val = (texts(Shards(b, split), "caption") for split in ("train", "val"))
@@ -585,8 +585,19 @@ def test_a_file_that_has_moved_is_not_packed_twice(tmp_path):
     assert texts(Shards(tmp_path / "out"), "text") == ["one", "two"]
 
 
+def test_a_plan_reads_no_pixels_and_goes_to_the_workers_of_the_loader(tmp_path, monkeypatch):
+    """At a megabyte of pixels a document, it would read terabytes before the first step."""
+    pack({"interleaved": [VAL / "interleaved"]}, tmp_path, val_fraction=0.1, workers=1)
+    source, seen, whole = Packed(DataConfig(str(tmp_path)), 0, ModelConfig()), [], Shards.map
+    monkeypatch.setattr(Shards, "map", lambda self, path: seen.append(path) or whole(self, path))
+    plan = source.plan("interleaved", "train")
+    assert {path.split("/")[-1] for path in seen} == {"tokens"} and len(seen) > 9
+    there = pickle.loads(pickle.dumps(source)).plans["interleaved", "train"]
+    np.testing.assert_array_equal(there.pieces, plan.pieces)
+
+
 def test_shards_count_and_go_to_other_processes(shared):
-    total, sizes = shared.meta["splits"]["val"]["interleaved"], shared.docs["interleaved"][:, 2:]
+    total, sizes = shared.meta["splits"]["val"]["interleaved"], shared.docs["interleaved"][:, 3:]
     assert sizes.shape == (total["docs"], 2)
     assert sizes.sum(0).tolist() == [total["tokens"] + total["images"], total["images"]]
     i = int(sizes[:, 1].argmax())

@@ -548,10 +548,10 @@ def repeated(folder, size, tokens=32, h=256, w=341):
     only count the tables of documents, not what is mapped from a file."""
     shard, pixels = folder / "caption" / "shard", 3 * h * w
     shard.mkdir(parents=True)
-    header = np.array([data.IMAGE, *range(tokens - 1), h, w], np.int32).tobytes()
-    (shard / "data").write_bytes(header + bytes(pixels))
-    n = size // (len(header) + pixels)
-    np.tile(np.array([0, tokens, 1]), (n, 1)).tofile(shard / "train.docs")       # int64 (n,3)
+    np.array([data.IMAGE, *range(tokens - 1)], np.int32).tofile(shard / "tokens")
+    (shard / "images").write_bytes(np.array([h, w], np.int32).tobytes() + bytes(pixels))
+    n = size // (4 * tokens + 8 + pixels)
+    np.tile(np.array([0, 0, tokens, 1]), (n, 1)).tofile(shard / "train.docs")    # int64 (n,4)
     splits = {"train": {"caption": {"shards": [{"name": "shard", "docs": n}]}}}
     meta = {"tokenizer": "bytes", "vocab_size": 257, "image_size": 224, "splits": splits}
     (folder / "data.json").write_text(json.dumps(meta), encoding="utf-8")

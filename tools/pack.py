@@ -351,7 +351,7 @@ def pack_file(source, kind, folder, tokenizer, made_from):
     tmp.mkdir(parents=True)
     warnings.filterwarnings("ignore", module="PIL")  # odd EXIF and the like
     tables, skipped, counts = {}, {}, {}
-    with open(tmp / "data", "wb") as file:
+    with open(tmp / "tokens", "wb") as words, open(tmp / "images", "wb") as pixels:
         for key, parts, record in read_source(source, kind):
             if isinstance(record, OSError):  # which may pass, so this file is never finished
                 made_from = {**made_from, "size": -1}
@@ -363,14 +363,15 @@ def pack_file(source, kind, folder, tokenizer, made_from):
                 continue
             tokens, images = document.tokens, document.images
             split = split_of(parts, f"{source.name}/{key}", made_from["val_share"])
-            tables.setdefault(split, []).append((file.tell(), len(tokens), len(images)))
+            starts = words.tell(), pixels.tell()
+            tables.setdefault(split, []).append((*starts, len(tokens), len(images)))
+            words.write(tokens.tobytes())
             sizes = [side for image in images for side in image.shape[:2]]
-            arrays = (tokens, np.array(sizes, np.int32), *images)
-            file.writelines(array.tobytes() for array in arrays)
+            pixels.writelines(x.tobytes() for x in (np.array(sizes, np.int32), *images))
     for split, table in tables.items():
-        table = np.array(table, np.int64)                                   # (documents, 3)
+        table = np.array(table, np.int64)                                   # (documents, 4)
         table.tofile(tmp / f"{split}.docs")
-        n_tokens, n_images = table.sum(0)[1:].tolist()
+        n_tokens, n_images = table.sum(0)[2:].tolist()
         counts[split] = {"docs": len(table), "tokens": n_tokens - n_images, "images": n_images}
     shard = {"made_from": made_from, "skipped": skipped, "splits": counts}
     (tmp / "shard.json").write_text(json.dumps(shard), encoding="utf-8")
