@@ -375,9 +375,9 @@ def next_fit(sizes, context):
 
 # ---- A packed folder: memory-mapped shards -------------------------------------------------------
 # A shard is a folder with shard.json and, of one document after another, `tokens` (int32, IMAGE for
-# an image) and `images` (int32 (h, w) of each, then their pixels; apart, because a Plan reads the
-# tokens of all documents, and seeking them between pixels would take hours). train.docs, val.docs:
-# int64 (documents, 4), first byte in `tokens` and in `images`, and how many of each.
+# an image) and `images` (int32 (h, w) of each of its images, then their pixels). They are apart,
+# because a Plan reads tokens, and reading ahead would fetch the pixels between them. train.docs,
+# val.docs: int64 (documents, 4), first byte in `tokens` and in `images`, and how many of each.
 
 def read_meta(root):
     """data.json of a packed folder, its tokenizer as get_tokenizer wants it, and its checksum."""

@@ -33,7 +33,7 @@ from train import Parser, TrainConfig
 SMALL = 1.5  # per cent: what we call no effect
 SETTINGS = ("fusion moe n_experts top_k granularity width depth vision_width mixture image_size"
             " context D patch_size tokens_per_step lr vision_lr warmup init init_vision scored"
-            " seed study heads mlp_multiple vision_depth data augment flip val_rows cooldown"
+            " seed study heads mlp_multiple vision_depth contents augment flip val_rows cooldown"
             " weight_decay grad_clip load_balancing_weight").split()
 # Rows of older code do not name flags that are new since then, and were made at their defaults.
 DEFAULTS = vars(ModelConfig()) | vars(DataConfig()) | vars(TrainConfig())
@@ -86,7 +86,7 @@ FINDINGS = [Finding(*line) for line in (
     ("3.3", "a text model's lead shrinks with tokens", "native", TEXT, NATIVE, 1, "loss", "D"),
     ("B.7", "both initialised, encoder frozen, late leads on captions", "native", BOTH, TEXT, -1,
      "loss_caption"),
-    ("Table 8", "from scratch an encoder is better at 0.01 of the rate (there than at 0.1)",
+    ("Table 8", "from scratch an encoder is better at 0.01 of the rate (paper: than at 0.1)",
      "vision_lr", SLOW, FULL, -1),
     ("Table 7", "an initialised encoder is better frozen", "native", FROZEN, FULL, -1),
     ("5", "early gives more right answers than late", "sft", EARLY, LATE, 1, "accuracy"),
