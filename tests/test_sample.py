@@ -57,6 +57,8 @@ def test_data_that_have_moved_can_be_named(tmp_path, printed):
     (tmp_path / "b").rename(tmp_path / "gone")  # packed anew in the same place
     refused("another tokenizer", sample.main, asked)
     refused("data.json", sample.main, [*asked, "--data", str(tmp_path)])
+    save_run(tmp_path / "moe", build(vocab_size=264, moe="learned"), data=a, mixture="0-0-0-100")
+    refused("another tokenizer", experts.main, [str(tmp_path / "moe")])  # it read bytes
     save_run(tmp_path / "world", build(vocab_size=264))  # it reads bytes, as other data do
     pack({"text": [str(tmp_path / "t.jsonl")]}, tmp_path / "c", val_fraction=0, workers=1)
     sample.main([str(tmp_path / "world"), "--data", str(tmp_path / "c"), "--prompt", "x"])
