@@ -174,6 +174,9 @@ def main(argv=None):
     cfg = DataConfig(args.data, args.mixture or DataConfig.mixture, val_rows=max(64, args.n))
     source = (Packed if real else Procedural)(cfg, 0, shape)
     used = list(cfg.shares if args.mixture or not real else source.kinds[args.split])
+    for kind in used:
+        check(kind in source.kinds[args.split], f"--mixture {args.mixture}: {args.data} has no "
+              f"{kind} documents in its split {args.split}")
     check(args.n > 0, f"-n {args.n}: need at least one row")
     kinds = [(used[i % len(used)], i // len(used)) for i in range(args.n)]  # in turn
     if args.split == "val":  # a small validation set is shown again from its start
