@@ -409,10 +409,11 @@ class Shards:
         for kind in self.kinds:
             names, n_docs = zip(*((x["name"], x["docs"]) for x in kinds[kind]["shards"]))
             self.folders[kind] = [f"{root / kind / name}" for name in names]
-            tables = [self.read(f"{folder}/{split}.docs", np.int64, 0, 4 * n).reshape(n, 4)
-                      for folder, n in zip(self.folders[kind], n_docs)]
-            numbers = np.repeat(np.arange(len(n_docs)), n_docs)  # of the shard, the first column
-            self.docs[kind] = np.insert(np.concatenate(tables), 0, numbers, axis=1)  # (n_docs, 5)
+            docs = np.repeat(np.arange(len(n_docs)), n_docs)[:, None].repeat(5, axis=1)
+            for folder, part in zip(self.folders[kind], np.split(docs, np.cumsum(n_docs))):
+                # a copy, because views of the tables of thousands of shards would keep all open
+                part[:, 1:].flat = self.read(f"{folder}/{split}.docs", np.int64, 0, 4 * len(part))
+            self.docs[kind] = docs  # (n_docs, 5), the number of the shard first
 
     def read(self, path, dtype, start, count):
         """`count` numbers of a file from byte `start` on: a view of its memory map."""

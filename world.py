@@ -48,8 +48,7 @@ class Writer:
     Every random choice that the *text* reveals goes through `choose`, which charges -log p of what
     was drawn to the next text that is added. Choices that an image has already shown are not
     charged because the reader can see them. So the sum of the charges is -log p(text | images),
-    exactly, provided that two different choices never give the same text. Every sentence below
-    obeys this condition."""
+    exactly, if two different choices never give the same text, as in every sentence below."""
 
     def __init__(self, rng):
         self.rng, self.parts = rng, []

@@ -596,6 +596,27 @@ def test_a_plan_reads_no_pixels_and_goes_to_the_workers_of_the_loader(tmp_path, 
     np.testing.assert_array_equal(there.pieces, plan.pieces)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+def test_a_thousand_shards_are_not_a_thousand_open_files(tmp_path):
+    """Most systems allow a process 1024, and the data of one large run have more shards."""
+    resource, table = pytest.importorskip("resource"), np.array([0, 0, 9, 0])
+    shards = [{"name": str(i), "docs": 1} for i in range(300)]
+    for i in range(300):
+        (tmp_path / "text" / str(i)).mkdir(parents=True)
+        (table + [0, 0, i, 0]).tofile(tmp_path / "text" / str(i) / "train.docs")
+    (tmp_path / "data.json").write_text(json.dumps({
+        "tokenizer": "bytes", "vocab_size": 257, "image_size": 16,
+        "splits": {"train": {"text": {"shards": shards}}}}), "utf-8")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(tmp_path / "data.json", "rb") as file:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 200, before[1]))
+        try:
+            docs = Shards(tmp_path).docs["text"]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert docs.tolist() == [[i, 0, 0, 9 + i, 0] for i in range(300)]
+
+
 def test_shards_count_and_go_to_other_processes(shared):
     total, sizes = shared.meta["splits"]["val"]["interleaved"], shared.docs["interleaved"][:, 3:]
     assert sizes.shape == (total["docs"], 2)
