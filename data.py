@@ -336,7 +336,7 @@ class Plan:
     position in it, because it is only predicted; the next piece starts with this token."""
 
     def __init__(self, shards, kind, context, n_patches):
-        tokens, images = shards.docs[kind][:, -2:].T
+        tokens, images = np.asarray(shards.docs[kind])[:, -2:].T
         lengths = 1 + tokens + images * (n_patches - 1)  # with the end-of-text before it
         hard = (lengths > context) & ((images > 0) | (kind == "conversation"))  # cut by tokens
         n = np.where(hard, 0, -(-lengths // context))  # pieces of all others, without a loop
@@ -345,32 +345,35 @@ class Plan:
         size = np.minimum(lengths[doc] - start, context)
         stop = start + size - images[doc] * (n_patches - 1) + 1
         pieces = [np.stack([doc, start, stop, size], 1)]
-        for i in np.flatnonzero(hard).tolist():
-            ids = shards.tokens(kind, i)
-            sizes = np.append(1, np.where(ids == IMAGE, n_patches, 1))
-            first = next_fit(sizes, context)
-            start, size = first[:-1], np.add.reduceat(sizes, first[:-1])
-            piece = np.stack([np.full_like(start, i), start, first[1:] + 1, size], 1)
-            # a piece of images without a word (a gallery) has no target, and would only pad a row
-            pieces.append(piece[np.logical_or.reduceat(np.append(ids >= 0, True), start)])
+        hard = np.flatnonzero(hard)
+        for docs in np.split(hard, range(100, len(hard), 100)):  # one by one takes 3 times as long
+            # the end-of-text of a document, a word like any other, stands before the next one, too
+            tokens = [np.append(shards.tokens(kind, i), 0) for i in docs.tolist()]
+            ids = np.concatenate([[0], *tokens])
+            ends = np.append(0, np.where(ids == IMAGE, n_patches, 1).cumsum())
+            words = (ids >= 0).cumsum()
+            last = np.cumsum([*map(len, tokens)], dtype=int)
+            start = first = np.append(0, last)[:-1]
+            while len(docs):  # cuts the next piece from each document that goes on
+                stop = np.minimum(np.searchsorted(ends, ends[start] + context, "right") - 1, last)
+                size = ends[stop] - ends[start]
+                piece = np.stack([docs, start - first, stop - first + 1, size], axis=1)
+                # one of images without a word (a gallery) has no target, and would only pad a row
+                pieces.append(piece[words[stop] > words[start]])
+                docs, first, last, start = (x[stop < last] for x in (docs, first, last, stop))
         pieces = np.concatenate(pieces).astype(np.int32)                        # (n, 4)
-        self.pieces = pieces[np.lexsort((pieces[:, 1], pieces[:, 0]))]
-        self.first = next_fit(self.pieces[:, 3], context)
-        self.n_rows = len(self.first) - 1
+        pieces = pieces[np.lexsort((pieces[:, 1], pieces[:, 0]))]
+        ends, first = pieces[:, 3].cumsum(), [0]
+        following = np.searchsorted(ends, ends - pieces[:, 3] + context, side="right")
+        while first[-1] < len(ends):  # the next row starts where this one has no more room
+            first.append(int(following[first[-1]]))
+        self.n_rows = len(first) - 1
+        # tensors, because all workers share them, while each would get its own copy of an array
+        self.pieces, self.first = torch.from_numpy(pieces), torch.from_numpy(np.array(first))
 
     def row(self, n):
         """The pieces in row n, a list of [document, first token, end (exclusive)]."""
         return self.pieces[self.first[n]:self.first[n + 1], :3].tolist()
-
-
-def next_fit(sizes, context):
-    """Fills bins of `context`, one after the other, with items of these sizes -> int array: the
-    first item of each bin, and last the number of items."""
-    ends, first = np.cumsum(sizes), [0]
-    following = np.searchsorted(ends, ends - sizes + context, side="right")
-    while first[-1] < len(ends):
-        first.append(int(following[first[-1]]))
-    return np.array(first)
 
 
 # ---- A packed folder: memory-mapped shards -------------------------------------------------------
@@ -413,7 +416,7 @@ class Shards:
             for folder, part in zip(self.folders[kind], np.split(docs, np.cumsum(n_docs))):
                 # a copy, because views of the tables of thousands of shards would keep all open
                 part[:, 1:].flat = self.read(f"{folder}/{split}.docs", np.int64, 0, 4 * len(part))
-            self.docs[kind] = docs  # (n_docs, 5), the number of the shard first
+            self.docs[kind] = torch.from_numpy(docs)  # (n_docs, 5), the number of the shard first
 
     def read(self, path, dtype, start, count):
         """`count` numbers of a file from byte `start` on: a view of its memory map."""
@@ -426,7 +429,7 @@ class Shards:
     @lru_cache(maxsize=128)  # each keeps a file open, and systems allow only 256 to 1024
     def map(self, path):
         size = Path(path).stat().st_size if Path(path).is_file() else 0
-        return np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+        return np.asarray(np.memmap(path, np.uint8, "r")) if size else np.zeros(0, np.uint8)
 
     def tokens(self, kind, i):
         """int32 (L,), IMAGE where an image stands."""
@@ -572,7 +575,6 @@ class Loader:
 
 
 def ignore_signals(worker):
-    """Ctrl-C reaches all processes of a terminal. The training process ends its workers itself,
-    after it has saved."""
+    """Ctrl-C reaches all processes of a terminal, but training ends its workers after a save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

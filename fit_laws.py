@@ -79,11 +79,10 @@ class Runs:
 # With a = ln A, b = ln B and e = ln E, each term of the law is a straight line in theta:
 #     ln L = logsumexp(a - alpha ln N, b - beta ln D, e)
 # So one constant array, the design, holds the whole law: terms = design @ theta. The paper
-# minimises the sum over runs of Huber(ln L predicted - ln L observed), delta = 1e-3, with
-# L-BFGS-B from many starts. Most residuals exceed 1e-3, which makes this nearly a sum of
-# absolute deviations, and one bad run does not move the law.
-#
-# The usual call of scipy stops too early and still reports success, for three reasons:
+# minimises the sum over runs of Huber(ln L predicted - ln L observed), delta = 1e-3, with L-BFGS-B
+# from many starts. Most residuals exceed 1e-3, which makes this nearly a sum of absolute
+# deviations, and one bad run does not move the law. The usual call of scipy stops too early and
+# still reports success, for three reasons:
 #   1. delta = 1e-3 makes the sum about 1e-3, and below 1 scipy's relative tolerance is an
 #      absolute one. We divide F by delta, which makes it about 1, and set ftol to 1e-15.
 #   2. ln A and alpha correlate at 0.999, because ln N is about 20 in every row. We centre:
@@ -531,8 +530,7 @@ def compare(studies, args):
     """Print and return the differences of two groups (first minus second) with intervals."""
     found, out = {s.runs.name: s for s in studies}, {}
     one, two = (found[name] for name in args.compare)
-    gaps = {k: (one.record[k] - two.record[k], one.samples[k] - two.samples[k])
-            for k in EXPONENTS}
+    gaps = {k: (one.record[k] - two.record[k], one.samples[k] - two.samples[k]) for k in EXPONENTS}
     for C in args.budget or [min(one.runs.C.max(), two.runs.C.max())]:
         (x, xs), (y, ys) = at_budget(one, C), at_budget(two, C)
         gaps[f"loss at {C:.6g}"] = x["loss"] - y["loss"], xs - ys

@@ -60,6 +60,7 @@ SIZES = {name: {**size, "augment": True, "flip": True} for name, size in PRESETS
 # Published dense bf16 FLOP/s, and memory in bytes, for the MFU and for --dry-run.
 CARDS = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
 source_of = functools.cache(inspect.getsource)  # 50 ms that each job of a sweep would pay
+loader_of = functools.lru_cache(1)(Loader)  # budgets share the plan of rows, which takes minutes
 
 
 @dataclass(frozen=True)
@@ -452,7 +453,7 @@ class Trainer:
             block.ffn.loop = run.train.experts_by == "loop"  # only MoE reads it
         self.forward = distribute(self.model, run.train.shard, machine)
         self.optimizer = make_optimizer(self.model, run.train, machine)  # not before sharding
-        self.loader = Loader(run.data, run.train.seed, run.model)
+        self.loader = loader_of(run.data, run.train.seed, run.model)
         data = asdict(run.data) | self.loader.source.known_by
         self.config = {"model": asdict(run.model), "data": data, "train": asdict(run.train),
                        "made": {"code": code_version()}}
@@ -537,8 +538,7 @@ class Trainer:
 
     def restore(self, path):
         """Takes over the state and the log of a checkpoint, which may be another budget's, because
-        the budgets share the steps of the trunk. Only rank 0 reads, because other machines need not
-        have the file."""
+        the budgets share the trunk. Only rank 0 reads, because others need not have the file."""
         weights, moments = {}, {}
         if self.machine.rank == 0:
             weights, moments, self.step, self.stats, config, log = read_checkpoint(

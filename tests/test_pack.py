@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 import zlib
+from multiprocessing.reduction import ForkingPickler
 from unittest.mock import Mock
 
 import numpy as np
@@ -593,6 +594,10 @@ def test_a_plan_reads_no_pixels_and_goes_to_the_workers_of_the_loader(tmp_path, 
     plan = source.plan("interleaved", "train")
     assert {path.split("/")[-1] for path in seen} == {"tokens"} and len(seen) > 9
     there = pickle.loads(pickle.dumps(source)).plans["interleaved", "train"]
+    np.testing.assert_array_equal(there.pieces, plan.pieces)
+    ForkingPickler.dumps(source)  # as a worker gets it. 40 copies of gigabytes would fill a node
+    large = plan.pieces, plan.first, source.shards["train"].docs["interleaved"]
+    assert all(table.is_shared() for table in large)
     np.testing.assert_array_equal(there.pieces, plan.pieces)
 
 
