@@ -60,7 +60,6 @@ SIZES = {name: {**size, "augment": True, "flip": True} for name, size in PRESETS
 # Published dense bf16 FLOP/s, and memory in bytes, for the MFU and for --dry-run.
 CARDS = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
 source_of = functools.cache(inspect.getsource)  # 50 ms that each job of a sweep would pay
-loader_of = functools.lru_cache(1)(Loader)  # budgets share the plan of rows, which takes minutes
 
 
 @dataclass(frozen=True)
@@ -453,7 +452,7 @@ class Trainer:
             block.ffn.loop = run.train.experts_by == "loop"  # only MoE reads it
         self.forward = distribute(self.model, run.train.shard, machine)
         self.optimizer = make_optimizer(self.model, run.train, machine)  # not before sharding
-        self.loader = loader_of(run.data, run.train.seed, run.model)
+        self.loader = Loader(run.data, run.train.seed, run.model)
         data = asdict(run.data) | self.loader.source.known_by
         self.config = {"model": asdict(run.model), "data": data, "train": asdict(run.train),
                        "made": {"code": code_version()}}

@@ -271,12 +271,6 @@ def test_the_seed_decides_weights_and_data():
         assert torch.equal(what(a), what(b)) and not torch.equal(what(a), what(c))
 
 
-def test_budgets_share_the_plan_of_rows():
-    """It takes minutes and gigabytes for millions of documents, and GPUs would wait for each."""
-    short, long = train.parse_runs([*FLAGS, "--tokens", "5K,10K"])
-    assert train.Trainer(short, CPU).loader is train.Trainer(long, CPU).loader
-
-
 def test_results_say_what_the_paper_counts(tmp_path):
     row, = trained(tmp_path, "--tokens", "5K", "--fusion", "late").values()
     assert row["D"] == row["steps"] * row["tokens_per_step"] == 5120
