@@ -140,6 +140,7 @@ def test_each_gpu_gets_a_run(monkeypatch):
     assert sweep.places("auto", 0, 1) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "012"]
     assert sweep.places("auto", 0, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}]
     refused("--ranks 4", sweep.places, "auto", 0, 4)
+    refused("CUDA_VISIBLE_DEVICES", sweep.places, "cuda:1", 0, 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert sweep.places("cuda", 1, 1) == [{"CUDA_VISIBLE_DEVICES": "5"}]
     assert sweep.places("cpu", 4, 1) == [{"OMP_NUM_THREADS": "1"}] * 4

@@ -72,6 +72,8 @@ def cost(run):
 
 def places(device, jobs, ranks):
     """-> the environment variables of each place, which is the GPUs or the cores of one model."""
+    check(":" not in device, f"--device {device}: a sweep gives each run GPUs of its own; choose "
+          "them as CUDA_VISIBLE_DEVICES=1,3")
     if device not in ("cpu", "mps") and torch.cuda.is_available():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
             map(str, range(torch.cuda.device_count())))
