@@ -559,8 +559,11 @@ def test_names_do_not_collide_and_changed_files_are_packed_again(tmp_path):
     assert sorted(texts(Shards(tmp_path / "out"), "text")) == ["longer", "y"]
     pack(sources, tmp_path / "out", split="val", workers=1)  # never in both train and val
     assert list(json.loads((tmp_path / "out" / "data.json").read_text())["splits"]) == ["val"]
-    for options in ({"image_size": 112}, {"tokenizer": str(SHARED / "tokenizers/gpt2.tiktoken")}):
-        refused("another tokenizer.*choose another --out", pack, sources, tmp_path / "out",
+    gpt2 = {"tokenizer": str(SHARED / "tokenizers/gpt2.tiktoken")}
+    for said, options in (("with --image-size 224:", {"image_size": 112}),
+                          ("with another --tokenizer than .*gpt2.tiktoken:", gpt2),
+                          ("with --image-size 224 and another", {"image_size": 112, **gpt2})):
+        refused(f"{said}.*choose another --out", pack, sources, tmp_path / "out",
                 val_fraction=0, workers=1, **options)
 
 

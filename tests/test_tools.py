@@ -160,6 +160,14 @@ def test_mistakes_end_in_one_clear_line(capsys, tmp_path, flags, named):
     refused(named, cells, capsys, tmp_path, ROWS, *flags)
 
 
+def test_runs_that_would_share_a_line_are_refused_once_with_all_that_tells_them_apart(
+        capsys, tmp_path):
+    rows = [row("none", 0, 1.0), row("learned", 0, 0.9),
+            row("none", 0, 0.8, steps=8) | {"run": "longer"}]
+    refused("give --by mixture,moe,D$", cells, capsys, tmp_path, rows, "--by", "mixture")
+    assert len(cells(capsys, tmp_path, rows, "--by", "mixture,moe,D")[0]) == 3
+
+
 def test_a_field_that_older_rows_lack_tells_nothing_that_another_does():
     new, old = {"fusion": "early", "heads": 0, "code": "b"}, {"fusion": "early", "code": "a"}
     assert table.varying([new, old]) == ["code"]

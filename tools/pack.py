@@ -454,9 +454,12 @@ def below(path):
 def unfinished(jobs, out, config):
     """The jobs that still lack a finished shard. SystemExit if `out` has another config."""
     done = {folder: shard["made_from"] for folder, shard in read_shards(out)}
-    check(all(config.items() <= made_from.items() for made_from in done.values()),
-          f"{out} was packed with another tokenizer than {jobs[0][3]} or another image size than "
-          f"{config['image_size']}: choose another --out")
+    for made_from in done.values():
+        differ = {field for field in config if made_from.get(field) != config[field]}
+        told = [f"--image-size {made_from.get('image_size')}"] * ("image_size" in differ)
+        told += [f"another --tokenizer than {jobs[0][3]}"] * bool(differ & {"tokenizer_hash"})
+        check(not differ, f"{out} was packed with {' and '.join(told)}: give what it was packed "
+              "with, or choose another --out")
     for path, _, folder, _, made_from in jobs:
         if done.get(folder, made_from)["val_share"] != made_from["val_share"]:
             print(f"note: {path} was packed with another --split or --val-fraction; it is packed "

@@ -70,15 +70,17 @@ def varying(rows, given=()):
 
 def group(rows, fields):
     """{values of the fields: {seed: row}}; words as they first appear, then numbers in order."""
-    groups = {}
+    groups, same = {}, {}
     for row in rows:
-        seeds = groups.setdefault(tuple(row.get(field) for field in fields), {})
-        twin = seeds.setdefault(row.get("seed"), row)
-        if twin is not row:  # they would pass for two seeds
-            more = varying([twin, row])
-            remedy = f"give --by {','.join([*fields, *more])}" if more else "remove one of them"
-            raise SystemExit(f"{twin['run']} and {row['run']} would be one line and one seed: "
-                             + remedy)
+        key, seed = tuple(row.get(field) for field in fields), row.get("seed")
+        groups.setdefault(key, {}).setdefault(seed, row)
+        same.setdefault((key, seed), []).append(row)
+    twins = [some for some in same.values() if len(some) > 1]  # they would pass for several seeds
+    if twins:
+        more = dict.fromkeys(chain(*map(varying, twins)))
+        remedy = f"give --by {','.join([*fields, *more])}" if more else "remove one of them"
+        raise SystemExit(f"{twins[0][0]['run']} and {twins[0][1]['run']} would be one line and "
+                         f"one seed: {remedy}")
     places = [*enumerate(chain(*groups))]
     first = {value: place for place, value in reversed(places)}
     return dict(sorted(groups.items(), key=lambda item: [
