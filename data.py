@@ -289,7 +289,7 @@ class Packed:
         meta = self.shards["train"].meta
         self.stored_size = meta["image_size"]
         self.known_by = {x: meta.get(x) for x in ("tokenizer", "tokenizer_hash", "contents")}
-        self.plans = {}  # of (kind, split); each worker of the loader gets a copy of those made
+        self.plans = {}  # of (kind, split); workers of the loader get those made before
 
     def row(self, kind, n):
         epoch, place = divmod(n, self.plan(kind, "train").n_rows)
@@ -348,11 +348,11 @@ class Plan:
         hard = np.flatnonzero(hard)
         for docs in np.split(hard, range(100, len(hard), 100)):  # one by one takes 3 times as long
             # the end-of-text of a document, a word like any other, stands before the next one, too
-            tokens = [np.append(shards.tokens(kind, i), 0) for i in docs.tolist()]
-            ids = np.concatenate([[0], *tokens])
+            texts = [np.append(shards.tokens(kind, i), 0) for i in docs.tolist()]
+            ids = np.concatenate([[0], *texts])
             ends = np.append(0, np.where(ids == IMAGE, n_patches, 1).cumsum())
             words = (ids >= 0).cumsum()
-            last = np.cumsum([*map(len, tokens)], dtype=int)
+            last = np.cumsum([*map(len, texts)], dtype=int)
             start = first = np.append(0, last)[:-1]
             while len(docs):  # cuts the next piece from each document that goes on
                 stop = np.minimum(np.searchsorted(ends, ends[start] + context, "right") - 1, last)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from scipy.stats import entropy
 
-from data import DataConfig, Loader, check, read_meta
+from data import DataConfig, Loader, check
 from tools import markdown, panels, save, style
-from tools.sample import load_model
+from tools.sample import load_model, use_folder
 from train import Parser
 
 
@@ -91,8 +91,8 @@ def main(argv=None):
     check(model.cfg.moe == "learned", f"{args.run} has no router (--moe {model.cfg.moe}): train "
           "with --moe learned")
     cfg = DataConfig(data["data"], data["mixture"], val_rows=32)
-    check(cfg.data == "procedural" or read_meta(cfg.data)["tokenizer"] == data["tokenizer"],
-          f"{cfg.data}: packed with another tokenizer than the run's")
+    if cfg.data != "procedural":
+        use_folder(data, cfg.data)
     counts = count(model, Loader(cfg, 0, model.cfg))
     check({*cfg.shares} != {"text"} and counts, f"{args.run} was trained on text only: its router "
           "never had two modalities to tell apart")

@@ -457,7 +457,7 @@ def unfinished(jobs, out, config):
     for made_from in done.values():
         differ = {field for field in config if made_from.get(field) != config[field]}
         told = [f"--image-size {made_from.get('image_size')}"] * ("image_size" in differ)
-        told += [f"another --tokenizer than {jobs[0][3]}"] * bool(differ & {"tokenizer_hash"})
+        told += [f"another --tokenizer than {jobs[0][3]}"] * ("tokenizer_hash" in differ)
         check(not differ, f"{out} was packed with {' and '.join(told)}: give what it was packed "
               "with, or choose another --out")
     for path, _, folder, _, made_from in jobs:

@@ -32,12 +32,18 @@ def load_model(run_dir, data_now=None):
     model, data = read_checkpoint(run_dir, build)
     data_now = data_now or data["tokenizer"].endswith(".tiktoken") and data["data"]
     if data_now:
-        meta = read_meta(data_now)
-        check(data["tokenizer"] == meta["tokenizer"] == "bytes"  # the world has no hash
-              or data.get("tokenizer_hash") == meta["tokenizer_hash"],
-              f"{data_now}: packed with another tokenizer than the run's")
-        data = {**data, "data": data_now, "tokenizer": meta["tokenizer"]}
+        data = use_folder(data, data_now)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), data
+
+
+def use_folder(data, folder):
+    """A run's data settings -> the same for this packed folder. SystemExit if its tokenizer is
+    another one, because the model would read wrong ids without a word."""
+    meta = read_meta(folder)
+    check(data["tokenizer"] == meta["tokenizer"] == "bytes"  # the world has no hash
+          or data.get("tokenizer_hash") == meta["tokenizer_hash"],
+          f"{folder}: packed with another tokenizer than the run's")
+    return {**data, "data": folder, "tokenizer": meta["tokenizer"]}
 
 
 def read_image(path, size):

@@ -70,17 +70,17 @@ def varying(rows, given=()):
 
 def group(rows, fields):
     """{values of the fields: {seed: row}}; words as they first appear, then numbers in order."""
-    groups, same = {}, {}
+    lines = {}
     for row in rows:
-        key, seed = tuple(row.get(field) for field in fields), row.get("seed")
-        groups.setdefault(key, {}).setdefault(seed, row)
-        same.setdefault((key, seed), []).append(row)
-    twins = [some for some in same.values() if len(some) > 1]  # they would pass for several seeds
-    if twins:
+        seeds = lines.setdefault(tuple(row.get(field) for field in fields), {})
+        seeds.setdefault(row.get("seed"), []).append(row)
+    twins = [same for seeds in lines.values() for same in seeds.values() if len(same) > 1]
+    if twins:  # they would pass for several seeds
         more = dict.fromkeys(chain(*map(varying, twins)))
         remedy = f"give --by {','.join([*fields, *more])}" if more else "remove one of them"
         raise SystemExit(f"{twins[0][0]['run']} and {twins[0][1]['run']} would be one line and "
                          f"one seed: {remedy}")
+    groups = {key: {seed: row for seed, (row,) in seeds.items()} for key, seeds in lines.items()}
     places = [*enumerate(chain(*groups))]
     first = {value: place for place, value in reversed(places)}
     return dict(sorted(groups.items(), key=lambda item: [
