@@ -95,8 +95,8 @@ def get_tokenizer(name="bytes"):
 @dataclass(frozen=True)
 class Document:
     """tokens int32 (L,): ids, IMAGE where an image stands, READ - id for an id that is no target.
-    images: uint8 (S, S, 3) each, in order. nll float32 (L + 1,): the generator's own surprise in
-    nats at each token and at the document's end; 0 where nobody knows it (real data). ends: whether
+    images: uint8 (S, S, 3) each, in order. nll float32 (L + 1,), of whole documents: the
+    generator's own surprise in nats at each token and at the end; 0 for real data. ends: whether
     the document's start and its end are in this piece. Where a long document is cut, there is no
     end-of-text, and the next piece only reads its first token, because it was predicted before."""
 

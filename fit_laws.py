@@ -78,7 +78,7 @@ class Runs:
 #
 # With a = ln A, b = ln B and e = ln E, each term of the law is a straight line in theta:
 #     ln L = logsumexp(a - alpha ln N, b - beta ln D, e)
-# So one constant array, the design, holds the whole law: terms = design @ theta. The paper
+# So one constant array, the design, holds the law of the fit: terms = design @ theta. The paper
 # minimises the sum over runs of Huber(ln L predicted - ln L observed), delta = 1e-3, with L-BFGS-B
 # from many starts. Most residuals exceed 1e-3, which makes this nearly a sum of absolute
 # deviations, and one bad run does not move the law. The usual call of scipy stops too early and
@@ -435,9 +435,9 @@ def study(runs, args, stream):
     values, samples = derive(fit.coef), derive(draws)
     drawn = [envelope(runs.C[w > 0], runs.L[w > 0], cut) for w in weight]
     values["c"], samples["c"] = envelope(runs.C, runs.L, cut), np.array(drawn)
+    if fit.condition > RIDGE:  # resamples stop anywhere on a ridge
+        samples |= dict.fromkeys(fit.unidentified, np.full(len(draws), np.nan))
     ci = {k: interval(x) for k, x in samples.items()} if args.bootstrap else {}
-    if ci and fit.condition > RIDGE:  # resamples stop anywhere on a ridge
-        ci |= dict.fromkeys(fit.unidentified)
     s = SimpleNamespace(runs=runs, fit=fit, weight=weight, draws=draws, samples=samples)
     s.record = {
         "name": runs.name, **values, **quality(fit.coef, runs), "ci": ci,
@@ -520,8 +520,8 @@ def print_group(g):
         print("  at C = {C:.3g}: N {N:.3g}{0}, D {D:.3g}{0}, loss {loss:.4f}".format(unsure, **b),
               span(b["ci"]["loss"], ".4f") + ", outside the range" * b["extrapolates"])
     if g["holdout"]:
-        print("  {n} runs held out: mean error {mae_pct:.2f} % of the loss, "
-              "{bias_pct:+.2f} % with its sign".format(**g["holdout"]))
+        print("  {n} runs held out: mean error {mae_pct:.2f}{0} % of the loss, "
+              "{bias_pct:+.2f}{0} % with its sign".format(unsure, **g["holdout"]))
     print("  A {A:.5g}, B {B:.5g}, R2 of ln L {r2:.5f}, MSE {mse:.2e}, sum of Huber losses "
           "{objective:.4g}, condition {condition:.2g}".format(**g))
 

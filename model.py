@@ -189,7 +189,7 @@ class Norm(nn.LayerNorm):  # as in DCLM; F.rms_norm is 6 times slower on a CPU w
         super().__init__(width, bias=False)
 
     def forward(self, x):
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), None, self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias, self.eps)
 
 
 def init_weight(weight, fan_in, layer=None):
@@ -375,12 +375,12 @@ class Model(nn.Module):
         """N reproduces the paper's sizes: it counts the matrices of the decoder blocks (only active
         experts, no router), the token embedding and the head. N_nonembedding leaves embedding and
         head out. N_vision counts the matrices of the encoder's blocks, N_total all parameters."""
-        def matrices(modules):
-            return sum(p.numel() for module in modules for name, p in module.named_parameters()
-                       if p.ndim > 1 and name != "router")
+        def matrices(modules, ndim=2):  # each once, even if two modules share it
+            return sum(p.numel() for name, p in nn.ModuleList(modules).named_parameters()
+                       if p.ndim == ndim and "router" not in name)
         ffn, late = self.blocks[0].ffn, self.cfg.fusion == "late"
-        inner = matrices(block.attention for block in self.blocks)
-        inner += matrices(block.ffn for block in self.blocks) * ffn.top_k // ffn.experts
+        inner = matrices(self.blocks)  # all experts of a layer are one tensor (E,F,W)
+        inner += matrices(self.blocks, ndim=3) * ffn.top_k // ffn.experts
         return {"N": inner + matrices([self.embedding, self.head]),
                 "N_total": sum(p.numel() for p in self.parameters()),
                 "N_vision": matrices(self.vision.blocks) if late else 0,

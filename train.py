@@ -246,9 +246,10 @@ def run_name(model, train, given):
 
 @functools.cache
 def code_version():
-    """A hash of what the files that train do. Comments and docstrings do not count."""
-    names = ("world", "data", "moe", "model", "train")
-    trees = [ast.parse(Path(__file__).with_name(f"{name}.py").read_text("utf-8")) for name in names]
+    """A hash of what train.py and the modules beside it do, without comments and docstrings."""
+    files = {Path(getattr(module, "__file__", None) or "") for module in [*sys.modules.values()]}
+    trees = [ast.parse(path.read_text("utf-8")) for path in sorted(files)
+             if path.parent == Path(__file__).parent and path.stem != "fit_laws"]
     for node in itertools.chain(*map(ast.walk, trees)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = ""
@@ -622,9 +623,9 @@ def distribute(model, shard, machine):
 
 
 def make_optimizer(model, cfg, machine):
-    """AdamW with decay on matrices and embeddings only. The decay is fully decoupled (App. A): a
-    step at the peak rate shrinks weights by the share weight_decay, whatever the peak is. torch
-    multiplies its weight_decay by lr, so we divide ours by the peak."""
+    """AdamW with decay on matrices and embeddings only, not on learned positions. The decay is
+    fully decoupled (App. A): a step at the peak rate shrinks weights by the share weight_decay,
+    whatever the peak is. torch's AdamW multiplies its own by lr, so we divide ours by the peak."""
     def group(vision, decay):
         params = [p for name, p in model.named_parameters()
                   if (late and name.startswith("vision.") and "connector" not in name) == vision
@@ -906,7 +907,7 @@ def show_sample(trainer):
     image = torch.from_numpy(patchify(row.images[0], cfg.patch_size))  # (patches, patch_dim)
     truth = itertools.takewhile(lambda token: token not in (stop, -1), row.target[cfg.n_patches:])
     with torch.compiler.set_stance("force_eager"):  # a growing prompt would compile at each token
-        said = generate(trainer.model, [[stop], image], 64, stop=stop, n_vocab=encoding.n_vocab)
+        said = generate(trainer.model.eval(), [[stop], image], 64, stop, encoding.n_vocab)
     more = '--prompt "the "' if "text" in trainer.loader.shares else "--image YOUR.jpg"
     trainer.machine.say(f"a held-out picture: {encoding.decode(list(truth))!r}\n"
                         f"the model says:     {encoding.decode(said)!r}\n"

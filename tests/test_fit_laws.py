@@ -147,10 +147,11 @@ def test_ridge_is_flagged(tmp_path, capsys, pages):
     rows = [{"N": n, "D": 20 * n, "loss": loss, "moe": moe}
             for moe in ("none", "learned") for n, loss in zip(N, L)]
     found = run(write_rows(tmp_path / "ridge.jsonl", rows), "--budget", "1e20", "--bootstrap", 20,
-                "--group-by", "moe", "--compare", "none", "learned", "--out", tmp_path)
+                "--group-by", "moe", "--compare", "none", "learned", "--holdout", 1,
+                "--out", tmp_path)
     said = capsys.readouterr().out
     assert np.isnan(found["groups"][0]["budgets"][0]["N"]) and "at C = 1e+20: N nan?" in said
-    assert re.search(r"alpha +\S+\?", said)
+    assert re.search(r"alpha +\S+\? \[\?, \?\]", said) and re.search(r"mean error \S+\? %", said)
     thick = [line for line in pages[str(tmp_path / "laws.png")].axes[0].lines
              if line.get_linewidth() == 2.5]
     assert len(thick) == 2 and all(np.isnan(line.get_ydata()).all() for line in thick)

@@ -297,6 +297,18 @@ def test_counts_equal_the_parameters_there_are(kind):
     assert model.flops(1000, 400) == 6 * (n["N_vision"] * 400 + n["N"] * 1000)
 
 
+def test_shared_weights_and_shared_experts_count_once():
+    """An edit that ties the head, or adds an expert for every token, gives the N that there is."""
+    model = build(moe="learned", top_k=2)
+    before = model.num_params()
+    for block in model.blocks:
+        block.ffn.shared = torch.nn.Linear(32, 96, bias=False)
+        block.ffn.shared_router = torch.nn.Linear(32, 1, bias=False)
+    assert model.num_params()["N"] == before["N"] + len(model.blocks) * 32 * 96
+    model.head.weight = model.embedding.weight
+    assert model.num_params()["N"] == before["N"] + len(model.blocks) * 32 * 96 - 37 * 32
+
+
 @pytest.mark.parametrize("kind", [dict(fusion="late", image_size=64),
                                   dict(moe="learned", experts=32, granularity=8)])
 def test_init_follows_the_fan_in_and_the_depth(kind):

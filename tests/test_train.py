@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
@@ -100,6 +101,14 @@ def test_an_edit_of_the_code_is_trained_anew(tmp_path, capsys, monkeypatch):
     assert trained(tmp_path, "--tokens", "5K")[before]["code"] == "third"
 
 
+def test_the_sample_at_the_end_is_made_in_evaluation_mode(tmp_path, monkeypatch):
+    """As tools.sample makes it, or a model with dropout would say two things."""
+    modes = []
+    monkeypatch.setattr(train, "generate", lambda model, *_: modes.append(model.training) or [])
+    trained(tmp_path, "--tokens", "5K")
+    assert modes == [False]
+
+
 def test_a_preset_at_another_width_has_the_encoder_of_that_width():
     for flags, encoder in (([], 384), (["--width", "1536"], 768), (["--width", "24"], 16),
                            (["--width", "1536", "--vision-width", "512"], 512)):
@@ -117,9 +126,11 @@ def test_runs_of_other_numbers_have_other_names():
 
 
 def test_only_what_the_code_does_makes_its_version(tmp_path, monkeypatch):
+    """A module that a user adds counts if it is imported, and not if it only lies there."""
     for name in ("world", "data", "moe", "model", "train"):
         (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text("utf-8"), "utf-8")
-    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+        monkeypatch.setattr(sys.modules[name], "__file__", str(tmp_path / f"{name}.py"))
+    (tmp_path / "plots.py").write_text("half a line (", "utf-8")
     version = train.code_version.__wrapped__
     same = version()
     mask = tmp_path / "model.py"
@@ -128,6 +139,14 @@ def test_only_what_the_code_does_makes_its_version(tmp_path, monkeypatch):
     assert mask.read_text("utf-8") != text and version() == same == train.code_version()
     mask.write_text(text.replace("query >= key", "query > key"), "utf-8")
     assert version() != same
+    mask.write_text(text, "utf-8")
+    own = ModuleType("muon")
+    own.__file__ = str(tmp_path / "muon.py")
+    monkeypatch.setitem(sys.modules, "muon", own)
+    (tmp_path / "muon.py").write_text("momentum = 0.95\n", "utf-8")
+    first = version()
+    (tmp_path / "muon.py").write_text("momentum = 0.5\n", "utf-8")
+    assert len({same, first, version()}) == 3
 
 
 def test_rows_that_are_written_at_once_do_not_mix(tmp_path):
