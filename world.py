@@ -22,9 +22,8 @@ VERBS = ("eats", "owns", "digs", "sees")
 COUNTS = ("none", "one", "two", "three")
 ACTS = ("left", "came", "turned", "moved")
 # The order of --mixture; new kinds come last, each with a new method of World. A new kind must
-# start with a Question, or as a caption or a text does, and first differ from it in a picture.
-# Otherwise its words would reveal the kind, a choice that nobody charges, and the floor would be
-# too low.
+# start with a Question, or as a caption or a text does, and first differ from it in a picture. Or
+# its words would reveal the kind, a choice that nobody charges, and the floor would be too low.
 KINDS = ("caption", "interleaved", "text", "conversation")
 QUESTIONS = ("colour", "count", "relation", "compare")  # the kinds of conversation
 GRID = 4  # a scene has GRID x GRID cells; if S / patch_size is 4, too, a patch is one cell
