@@ -133,6 +133,9 @@ def test_only_what_the_code_does_makes_its_version(tmp_path, monkeypatch):
     (tmp_path / "plots.py").write_text("half a line (", "utf-8")
     version = train.code_version.__wrapped__
     same = version()
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "link" / ".." / tmp_path.name / "train.py"))
+    assert version() == same
     mask = tmp_path / "model.py"
     text = mask.read_text("utf-8")
     mask.write_text(text.replace('    """The one rule of the mask', '    """A # rule'), "utf-8")
