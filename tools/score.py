@@ -107,8 +107,8 @@ def held_out(model, data, source, n):
         # what does not start with end-of-text is the rest of a document that was cut
         places = [(row, at) for row, at in places if row.tokens[at][0] == row.eot]
         # the world's documents are all alike, but of packed ones we take some from all over the set
-        step = 1 if source == "procedural" else max(1, len(places) // n)
-        for row, at in places[:n * step:step]:
+        step = 1 if source == "procedural" else max(1, len(places) / n)
+        for row, at in (places[int(i * step)] for i in range(min(n, len(places)))):
             yield kind, row.tokens[at], row.patch[at], row.target[at], row.images, None
 
 
