@@ -375,12 +375,11 @@ class Model(nn.Module):
         """N reproduces the paper's sizes: it counts the matrices of the decoder blocks (only active
         experts, no router), the token embedding and the head. N_nonembedding leaves embedding and
         head out. N_vision counts the matrices of the encoder's blocks, N_total all parameters."""
-        def matrices(modules, ndim=2):  # each once, even if two modules share it
+        def matrices(modules, ndim=2):  # 3 for experts, a tensor a layer; shared ones count once
             return sum(p.numel() for name, p in nn.ModuleList(modules).named_parameters()
                        if p.ndim == ndim and "router" not in name)
         ffn, late = self.blocks[0].ffn, self.cfg.fusion == "late"
-        inner = matrices(self.blocks)  # all experts of a layer are one tensor (E,F,W)
-        inner += matrices(self.blocks, ndim=3) * ffn.top_k // ffn.experts
+        inner = matrices(self.blocks) + matrices(self.blocks, 3) * ffn.top_k // ffn.experts
         return {"N": inner + matrices([self.embedding, self.head]),
                 "N_total": sum(p.numel() for p in self.parameters()),
                 "N_vision": matrices(self.vision.blocks) if late else 0,

@@ -247,9 +247,10 @@ def run_name(model, train, given):
 @functools.cache
 def code_version():
     """A hash of what train.py and the modules beside it do, without comments and docstrings."""
-    files = {Path(getattr(m, "__file__", None) or "").resolve() for m in [*sys.modules.values()]}
-    trees = [ast.parse(path.read_text("utf-8")) for path in sorted(files) if path.is_file()
-             and path.parent == Path(__file__).resolve().parent and path.stem != "fit_laws"]
+    loaded = {os.path.realpath(getattr(m, "__file__", None) or "") for m in [*sys.modules.values()]}
+    trees = [ast.parse(path.read_text("utf-8"))
+             for path in sorted(Path(__file__).resolve().parent.glob("*.py"))
+             if str(path) in loaded and path.stem != "fit_laws"]
     for node in itertools.chain(*map(ast.walk, trees)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             node.value.value = ""
